@@ -5,6 +5,14 @@
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
+pub mod bootstrap;
 pub mod bytes;
+pub mod chain;
+pub mod channel;
+pub mod handover;
+pub mod key;
 pub mod machine;
+pub mod packet;
+pub mod plan;
+pub mod stream;
 pub mod token;
