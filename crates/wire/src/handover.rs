@@ -54,3 +54,38 @@ impl Handover {
         }
     }
 }
+
+/// Bytes of [`Setup`].
+pub const SETUP_SIZE: usize = 64;
+
+/// The first message that `noded` sends to a new `packetd`: all it needs to know.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Setup {
+    /// Name of the interface to listen on, padded with zeros: the bridge that VMs are ports of.
+    pub interface: [u8; 16],
+    /// The node's address, which no kernel interface has.
+    pub ipv4: [u8; 4],
+    /// The node key.
+    pub node_key: [u8; 32],
+}
+
+impl Setup {
+    /// The message's bytes.
+    pub fn emit(&self) -> [u8; SETUP_SIZE] {
+        let mut out = [0; SETUP_SIZE];
+        out[..16].copy_from_slice(&self.interface);
+        out[16..20].copy_from_slice(&self.ipv4);
+        out[20..52].copy_from_slice(&self.node_key);
+        out
+    }
+
+    /// Reads the message; `None` where the size is wrong.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let bytes: &[u8; SETUP_SIZE] = bytes.try_into().ok()?;
+        Some(Self {
+            interface: bytes[..16].try_into().ok()?,
+            ipv4: bytes[16..20].try_into().ok()?,
+            node_key: bytes[20..52].try_into().ok()?,
+        })
+    }
+}

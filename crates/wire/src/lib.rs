@@ -9,6 +9,7 @@ pub mod bootstrap;
 pub mod bytes;
 pub mod chain;
 pub mod channel;
+pub mod cluster;
 pub mod handover;
 pub mod key;
 pub mod machine;
