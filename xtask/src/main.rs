@@ -1,2 +1,54 @@
-//! Not written yet.
-fn main() {}
+//! `cargo xtask`: one command for each thing that a developer or the test
+//! machine does with the whole workspace. Never part of what is shipped.
+#![forbid(unsafe_code)]
+
+mod build;
+mod setup;
+mod step;
+mod tcb;
+mod test;
+
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+
+/// Onde's development commands.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Cli {
+    #[command(subcommand)]
+    command: Cmd,
+}
+
+#[derive(Subcommand)]
+enum Cmd {
+    /// Install what is missing on this machine and unpack the nodes' kernel
+    Setup,
+    /// Build every program, the bare-metal ones too
+    Build,
+    /// Run all checks and tests, the lab's included
+    Test,
+    /// Count the code that a customer or an owner has to trust
+    Tcb,
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Cmd::Setup => setup::run(),
+        Cmd::Build => build::run(),
+        Cmd::Test => test::run(),
+        Cmd::Tcb => tcb::run(),
+    };
+    report(done)
+}
+
+fn report(done: Result<()>) -> ExitCode {
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

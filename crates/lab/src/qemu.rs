@@ -1,0 +1,89 @@
+//! One node as a QEMU command line, and what runs its processor. Starts
+//! nothing; the keeper does.
+
+use std::fs::OpenOptions;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::Result;
+
+use crate::kernel::KernelCache;
+use crate::network;
+use crate::programs;
+use crate::status::Shape;
+
+const QEMU: &str = "qemu-system-x86_64";
+
+/// What runs the nodes' processors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The host's own virtualisation, nested.
+    Kvm,
+    /// Emulation of an AMD processor with SVM and nested paging: slow, and the same everywhere.
+    Tcg,
+}
+
+impl Accelerator {
+    /// The best that this host has. A host's `/dev/kvm` may be there and yet unable to nest.
+    pub fn detect() -> Self {
+        let info = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+        let flags = info.lines().find(|line| line.starts_with("flags")).unwrap_or_default();
+        let capable = flags.split_whitespace().any(|flag| flag == "svm" || flag == "vmx");
+        let usable = OpenOptions::new().read(true).write(true).open("/dev/kvm").is_ok();
+        if capable && usable { Self::Kvm } else { Self::Tcg }
+    }
+
+    /// Name in reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kvm => "kvm",
+            Self::Tcg => "tcg",
+        }
+    }
+
+    fn options(self) -> [&'static str; 4] {
+        match self {
+            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"],
+        }
+    }
+}
+
+/// The command that runs node `node`; its serial console is the command's output.
+pub fn command(
+    node: u8,
+    shape: &Shape,
+    accelerator: Accelerator,
+    kernel: &KernelCache,
+    image: &Path,
+) -> Result<Command> {
+    let mut qemu = tied(programs::required(QEMU)?.as_os_str());
+    qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35"])
+        .args(accelerator.options())
+        .args(["-m", &shape.memory_mib.to_string(), "-smp", &shape.vcpus.to_string()])
+        .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
+        .args(["-netdev", &netdev(node), "-device", &card(node)])
+        .args(["-device", "virtio-rng-pci"])
+        .args(["-append", &format!("console=ttyS0 quiet onde.node={node}")])
+        .arg("-kernel")
+        .arg(&kernel.vmlinuz)
+        .arg("-initrd")
+        .arg(image);
+    Ok(qemu)
+}
+
+fn netdev(node: u8) -> String {
+    format!("tap,id=net,ifname={},script=no,downscript=no", network::tap(node))
+}
+
+fn card(node: u8) -> String {
+    // No option ROM: the node boots from the kernel given, not from the network.
+    format!("virtio-net-pci,netdev=net,romfile=,mac={}", network::node_mac(node))
+}
+
+/// A command for `program` that the kernel kills when the keeper dies, however it dies.
+pub fn tied(program: &std::ffi::OsStr) -> Command {
+    let mut command = Command::new("setpriv");
+    command.args(["--pdeathsig", "KILL", "--"]).arg(program);
+    command
+}
