@@ -64,7 +64,7 @@ fn apt_get(args: &[&str]) -> Result<()> {
         .context("hint: is a Debian mirror reachable? see /etc/apt/sources.list")
 }
 
-/// Leaves `kernel/{vmlinuz,modules,version}` in the cache, all or nothing.
+/// Leaves `kernel/{vmlinuz,vmlinux,modules,version}` in the cache, all or nothing.
 fn kernel() -> Result<()> {
     let cache = cache_dir()?;
     fs::create_dir_all(&cache).with_context(|| format!("cannot create {}", cache.display()))?;
@@ -86,6 +86,8 @@ fn unpack(cache: &Path, scratch: &Path) -> Result<()> {
     fs::create_dir(&kernel)?;
     let version = only_entry(&tree.join("lib/modules"))?;
     fs::rename(tree.join("boot").join(format!("vmlinuz-{version}")), kernel.join("vmlinuz"))?;
+    let bzimage = fs::read(kernel.join("vmlinuz"))?;
+    fs::write(kernel.join("vmlinux"), onde_lab::kernel::unpack(&bzimage).context("vmlinuz")?)?;
     let modules = tree.join("lib/modules").join(&version).join("kernel");
     fs::rename(modules, kernel.join("modules"))?;
     fs::write(kernel.join("version"), version + "\n")?;
@@ -149,11 +151,11 @@ fn update() -> Result<()> {
 
 /// Another `setup` at the same time may have been quicker: its kernel is as good.
 fn place(made: &Path, target: &Path) -> Result<()> {
-    match fs::rename(made, target) {
-        Err(error) if target.join("version").exists() => {
-            eprintln!("already there: {error}");
-            Ok(())
-        }
-        done => done.with_context(|| format!("cannot create {}", target.display())),
+    if KernelCache::find().is_ok() {
+        return Ok(());
     }
+    if target.exists() {
+        fs::remove_dir_all(target).context("cannot remove an incomplete kernel")?;
+    }
+    fs::rename(made, target).with_context(|| format!("cannot create {}", target.display()))
 }

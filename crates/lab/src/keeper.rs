@@ -16,7 +16,6 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, Result, bail};
 use rustix::event::{PollFd, PollFlags, poll};
 
-use crate::cluster::CUSTOMER_IPV4;
 use crate::kernel::KernelCache;
 use crate::programs;
 use crate::qemu::{self, Accelerator};
@@ -95,7 +94,7 @@ impl Keeper {
         };
         let broker = || {
             let log = dir.join("broker.log");
-            Service::new("broker".into(), CUSTOMER_IPV4.into(), "onde: broker ready", log)
+            Service::new("broker".into(), network::owner_ipv4(), "onde: broker ready", log)
         };
         Ok(Self {
             dir: dir.to_owned(),
@@ -105,7 +104,8 @@ impl Keeper {
             broker: shape.broker.then(broker),
             clients: vec![Client::new(guard, true)?],
             shape,
-            changed: false,
+            // `up` wants to hear that all has started.
+            changed: true,
         })
     }
 
@@ -137,7 +137,9 @@ impl Keeper {
 
     fn serve(&mut self, listener: &UnixListener) -> Result<()> {
         loop {
-            self.wait(listener)?;
+            if !self.changed {
+                self.wait(listener)?;
+            }
             self.accept(listener)?;
             for service in self.nodes.iter_mut().chain(&mut self.broker) {
                 self.changed |= service.step()?;
@@ -192,11 +194,12 @@ impl Keeper {
         let mut clients = std::mem::take(&mut self.clients);
         let mut next = Next::Go;
         clients.retain_mut(|client| {
+            // At the end all stay: their last news is that the keeper is gone, when all of it is.
             let stays = self.step_client(client, &mut next);
             if !stays && client.guards {
                 next = Next::End;
             }
-            stays
+            stays || next == Next::End
         });
         self.clients = clients;
         next
@@ -216,6 +219,9 @@ impl Keeper {
             };
             if client.send(&reply).is_err() {
                 return false;
+            }
+            if *next == Next::End {
+                return true;
             }
         }
     }
@@ -287,7 +293,7 @@ impl Client {
 /// The broker's command line.
 fn broker_command(dir: &Path) -> Result<std::process::Command> {
     let mut broker = qemu::tied(programs::find("broker")?.as_os_str());
-    broker.arg("--listen").arg(format!("{CUSTOMER_IPV4}:8400"));
+    broker.arg("--listen").arg(format!("{}:8400", network::owner_ipv4()));
     broker.arg("--db").arg(dir.join("broker.db"));
     broker.arg("--cluster").arg(dir.join(lab::CLUSTER));
     broker.arg("--admin-key-file").arg(dir.join("admin.key"));

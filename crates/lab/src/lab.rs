@@ -3,7 +3,8 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{BufRead, BufReader, ErrorKind, Write};
-use std::os::fd::OwnedFd;
+use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::DirBuilderExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow, bail};
 use rustix::fs::FlockOperation;
-use rustix::process::{PidfdFlags, pidfd_open};
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
 use crate::kernel::KernelCache;
@@ -34,6 +35,8 @@ const KEEPER_LOG: &str = "keeper.log";
 
 /// A node needs 2-4 s under emulation on an idle machine; a loaded one is ten times slower.
 const READY_TIMEOUT: Duration = Duration::from_secs(120);
+/// Lines of each log that an error shows.
+const TAIL_LINES: usize = 5;
 /// The kernel takes 107 bytes for a Unix socket's path.
 const SOCKET_PATH_MAX: usize = 107;
 
@@ -93,10 +96,13 @@ impl Lab {
         }
         prepare(&dir, shape, extra)?;
         let mut guard = start_keeper(&dir)?;
-        let wait = wait_until(&mut guard, on_change, Status::is_ready);
-        wait.map_err(|error| explain(error, &dir))?;
-        guard.ask(Request::Keep)?;
-        Ok(Self { dir })
+        let ready = wait_until(&mut guard, on_change, None)
+            .and_then(|()| guard.ask(Request::Keep).map(drop))
+            .map_err(|error| explain(error, &dir));
+        if ready.is_err() {
+            guard.close();
+        }
+        ready.map(|()| Self { dir })
     }
 
     /// Powers on what is down.
@@ -149,8 +155,7 @@ impl Lab {
         let mut connection = Connection::open(&self.dir)?;
         connection.ask(Request::Boot(node))?;
         connection.send(Request::Watch)?;
-        let index = usize::from(node) - 1;
-        wait_until(&mut connection, |_| {}, |status| status.members[index].state == State::Ready)
+        wait_until(&mut connection, |_| {}, Some(usize::from(node) - 1))
     }
 
     /// What node `node` wrote to its serial console.
@@ -165,21 +170,24 @@ impl Lab {
         self.dir.join(console(node))
     }
 
+    /// Process id of the keeper, as this process sees it.
+    pub fn keeper(&self) -> Result<Pid> {
+        let connection = Connection::open(&self.dir)?;
+        Ok(rustix::net::sockopt::socket_peercred(&connection.stream)?.pid)
+    }
+
     /// Moves this process into the lab's network (and user) namespace for good. Only sockets made
     /// afterwards are in the lab. The process has one thread only at this time.
     pub fn enter(&self) -> Result<()> {
-        let mut connection = Connection::open(&self.dir)?;
-        let peer = rustix::net::sockopt::socket_peercred(&connection.stream)?;
-        let keeper = pidfd_open(peer.pid, PidfdFlags::empty())?;
+        let pid = self.keeper()?;
+        let keeper = pidfd_open(pid, PidfdFlags::empty())?;
         // An answer now means that the keeper lives, so the number was still its own.
-        connection.ask(Request::Status)?;
+        self.status()?;
         let mut spaces = ThreadNameSpaceType::NETWORK;
-        if fs::read_link(format!("/proc/{}/ns/user", peer.pid.as_raw_nonzero()))?
-            != fs::read_link("/proc/self/ns/user")?
-        {
+        let theirs = fs::read_link(format!("/proc/{}/ns/user", pid.as_raw_nonzero()))?;
+        if theirs != fs::read_link("/proc/self/ns/user")? {
             spaces |= ThreadNameSpaceType::USER;
         }
-        use std::os::fd::AsFd;
         move_into_thread_name_spaces(keeper.as_fd(), spaces)
             .context("cannot enter the lab's network")
     }
@@ -189,10 +197,8 @@ impl Lab {
         let mut connection = Connection::open(&self.dir)?;
         connection.ask(Request::Down)?;
         // The keeper's last act is to close this.
-        match connection.receive() {
-            Ok(_) => bail!("the keeper goes on after `down`"),
-            Err(_) => Ok(()),
-        }
+        connection.close();
+        Ok(())
     }
 }
 
@@ -285,11 +291,11 @@ fn start_keeper(dir: &Path) -> Result<Connection> {
     Connection::new(guard)
 }
 
-/// Waits for the keeper to report a state that is `done`.
+/// Waits until the process with this index, or every process, is ready.
 fn wait_until(
     connection: &mut Connection,
     mut on_change: impl FnMut(&Status),
-    done: impl Fn(&Status) -> bool,
+    index: Option<usize>,
 ) -> Result<()> {
     let deadline = Instant::now() + READY_TIMEOUT;
     loop {
@@ -300,24 +306,35 @@ fn wait_until(
         connection.stream.set_read_timeout(Some(left))?;
         let status = connection.receive()?;
         on_change(&status);
-        if let Some(member) = status.first_down() {
+        let members = match index {
+            Some(index) => &status.members[index..=index],
+            None => &status.members[..],
+        };
+        if let Some(member) = members.iter().find(|member| member.state == State::Down) {
             bail!("{} {}", member.name, member.note);
         }
-        if done(&status) {
+        if members.iter().all(|member| member.state == State::Ready) {
             return Ok(());
         }
     }
 }
 
-/// Adds to `error` what the keeper complained about last.
+/// Adds to `error` what the keeper and the others said last.
 fn explain(error: anyhow::Error, dir: &Path) -> anyhow::Error {
-    let log = fs::read_to_string(dir.join(KEEPER_LOG)).unwrap_or_default();
-    let tail: Vec<_> = log.trim().lines().rev().take(5).collect();
-    if tail.is_empty() {
-        return error;
+    let mut text = format!("{error:#}");
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        let log = entry.path();
+        if log.extension().is_some_and(|ext| ext == "log") {
+            let said = fs::read(&log).unwrap_or_default();
+            let said = String::from_utf8_lossy(&said);
+            let lines: Vec<_> = said.trim().lines().collect();
+            let name = entry.file_name();
+            for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
+                text.push_str(&format!("\n  {}: {line}", name.to_string_lossy()));
+            }
+        }
     }
-    let tail = tail.into_iter().rev().collect::<Vec<_>>().join("\n");
-    anyhow!("{error:#}: {tail}")
+    anyhow!(text)
 }
 
 /// A connection to the keeper.
@@ -356,6 +373,13 @@ impl Connection {
             Reply::Status(status) => Ok(status),
             Reply::Error(text) => bail!(text),
         }
+    }
+
+    /// Says that nothing more is wanted, and waits until the keeper is done with what follows.
+    fn close(mut self) {
+        // Where this fails, the keeper is gone already.
+        self.stream.shutdown(Shutdown::Write).ok();
+        while self.receive().is_ok() {}
     }
 
     fn ask(&mut self, request: Request) -> Result<Status> {

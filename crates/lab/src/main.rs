@@ -128,6 +128,9 @@ fn up(dir: PathBuf, up: Up) -> Result<ExitCode> {
     let step = Step::new(&format!("{} nodes boot", shape.nodes));
     let mut told = BTreeSet::new();
     let lab = Lab::up(&dir, &shape, |status| {
+        if told.insert("processors".to_owned()) {
+            step.line(&format!("processors: {}", status.accelerator));
+        }
         for member in status.members.iter().filter(|member| member.state == State::Ready) {
             if told.insert(member.name.clone()) {
                 let seconds = member.ready_ms as f64 / 1e3;
@@ -147,7 +150,7 @@ fn print_status(status: &Status, json: bool) -> Result<()> {
     for member in &status.members {
         let (name, state) = (&member.name, member.state.name());
         let seconds = member.ready_ms as f64 / 1e3;
-        println!("{name:8} {:14} {state:9} {seconds:5.1} s  {}", member.ipv4, member.note);
+        println!("{name:8} {:<14} {state:9} {seconds:5.1} s  {}", member.ipv4, member.note);
     }
     println!("processors: {}", status.accelerator);
     Ok(())

@@ -3,11 +3,12 @@
 //! which the keeper checks before it calls this.
 
 use std::io::Write;
+use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail};
+use onde_wire::plan::Plan;
 
-use crate::cluster::{CUSTOMER_IPV4, PREFIX_LEN};
 use crate::programs;
 
 /// The bridge: the wire that all nodes and the customer hang on.
@@ -18,9 +19,19 @@ pub fn tap(node: u8) -> String {
     format!("node{node}")
 }
 
-/// IPv4 address of a node: the first of its block of 256 (see the address plan in the design).
-pub fn node_ipv4(node: u8) -> String {
-    format!("198.18.{node}.1")
+/// The lab's addresses: RFC 2544's network for benchmarks, which nobody routes.
+pub fn plan() -> Plan {
+    Plan::new([198, 18, 0, 0], 15).unwrap_or_else(|| unreachable!("a /15 with no host bits set"))
+}
+
+/// IPv4 address of a node.
+pub fn node_ipv4(node: u8) -> Ipv4Addr {
+    plan().node(node.into()).into()
+}
+
+/// IPv4 address of the bridge: the customer's, and the broker's.
+pub fn owner_ipv4() -> Ipv4Addr {
+    plan().owner().into()
 }
 
 /// MAC address of a node's network card: "ROND" in letters, which is locally administered.
@@ -38,10 +49,11 @@ pub fn build(nodes: u8) -> Result<()> {
 }
 
 fn script(nodes: u8) -> String {
+    let (owner, prefix_len) = (owner_ipv4(), plan().prefix_len());
     let mut script = format!(
         "link set lo up\n\
          link add {BRIDGE} type bridge stp_state 0 forward_delay 0 mcast_snooping 0\n\
-         addr add {CUSTOMER_IPV4}/{PREFIX_LEN} dev {BRIDGE}\n\
+         addr add {owner}/{prefix_len} dev {BRIDGE}\n\
          link set {BRIDGE} up\n"
     );
     for node in 1..=nodes {

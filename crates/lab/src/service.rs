@@ -4,6 +4,7 @@
 
 use std::fs::{File, OpenOptions};
 use std::io::{ErrorKind, Read, Write};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdout, Command, Stdio};
@@ -25,7 +26,7 @@ const GRACE_S: i64 = 3;
 /// A process and what is known of it.
 pub struct Service {
     name: String,
-    ipv4: String,
+    ipv4: Ipv4Addr,
     /// What a line of its output contains once it is ready.
     mark: &'static str,
     log: PathBuf,
@@ -48,7 +49,7 @@ struct Running {
 
 impl Service {
     /// A process that does not run yet.
-    pub fn new(name: String, ipv4: String, mark: &'static str, log: PathBuf) -> Self {
+    pub fn new(name: String, ipv4: Ipv4Addr, mark: &'static str, log: PathBuf) -> Self {
         let (state, note) = (State::Down, String::new());
         Self { name, ipv4, mark, log, running: None, state, ready_ms: 0, note }
     }
@@ -150,7 +151,7 @@ impl Service {
     pub fn member(&self) -> Member {
         Member {
             name: self.name.clone(),
-            ipv4: self.ipv4.clone(),
+            ipv4: self.ipv4,
             state: self.state,
             pid: self.running.as_ref().map_or(0, |running| running.child.id()),
             ready_ms: self.ready_ms,

@@ -2,6 +2,8 @@
 //! sees it, and the requests the keeper takes. One JSON value a line, on the
 //! keeper's Unix socket; no behaviour.
 
+use std::net::Ipv4Addr;
+
 use serde::{Deserialize, Serialize};
 
 /// What `up` is asked for.
@@ -57,7 +59,7 @@ pub struct Member {
     /// "node 1", "broker".
     pub name: String,
     /// Where it listens, or answers.
-    pub ipv4: String,
+    pub ipv4: Ipv4Addr,
     /// Its state.
     pub state: State,
     /// Process id, as the keeper sees it; 0 when down.
@@ -83,11 +85,6 @@ impl Status {
     /// Whether every process is ready.
     pub fn is_ready(&self) -> bool {
         self.members.iter().all(|member| member.state == State::Ready)
-    }
-
-    /// The first process that is not running.
-    pub fn first_down(&self) -> Option<&Member> {
-        self.members.iter().find(|member| member.state == State::Down)
     }
 }
 
