@@ -15,5 +15,6 @@ pub mod key;
 pub mod machine;
 pub mod packet;
 pub mod plan;
+pub mod session;
 pub mod stream;
 pub mod token;

@@ -1,0 +1,494 @@
+//! A session: what a client and `agent` say to each other inside the secure channel, on TCP port
+//! [`crate::channel::PORT`] of the guest. One connection is one session.
+//!
+//! ```text
+//!  frame   kind u8 | payload size u32 | payload             one frame is at most one record
+//!  client  ATTACH or EXEC, then STDIN, STDIN_EOF, SIGNAL, WINDOW, ACK in any order, at last DETACH
+//!  agent   STARTED or ERROR, then OUTPUT and ACCEPTED, at last EXITED
+//! ```
+//! Output and input are numbered by byte, so that a client that lost its connection goes on where
+//! it was: OUTPUT's offset counts both streams of the program from its start, STDIN's offset counts what
+//! this client (its id is in ATTACH) ever sent. Neither end keeps more than [`INPUT_MAX`] of input
+//! in flight. A program's description in EXEC is also the file that tells the agent what to start.
+
+use crate::bytes::{Reader, Writer};
+use crate::channel::RECORD_MAX;
+
+/// Bytes of a frame's head.
+pub const HEAD_SIZE: usize = 5;
+/// Most bytes of a frame: one record of the channel, so that no frame is ever cut in two.
+pub const FRAME_MAX: usize = RECORD_MAX;
+/// Most bytes of a frame's payload.
+pub const PAYLOAD_MAX: usize = FRAME_MAX - HEAD_SIZE;
+/// Most bytes of output in one OUTPUT: half a frame, a good size of write for terminals and pipes.
+pub const OUTPUT_MAX: usize = 32 << 10;
+/// Most bytes of input in one STDIN.
+pub const STDIN_MAX: usize = 32 << 10;
+/// Most bytes of input that the agent has not yet accepted; what each end buffers.
+pub const INPUT_MAX: usize = 256 << 10;
+/// Output that the agent keeps of each program for those who come later, bytes.
+pub const TAIL_MAX: usize = 1 << 20;
+/// How long the agent holds a program's output back for a client whose connection broke.
+pub const GRACE_MS: u64 = 60_000;
+/// Most strings in a program's arguments or environment: far more than fit a frame in practice.
+pub const STRINGS_MAX: usize = 8192;
+/// Longest text of an ERROR, bytes.
+pub const ERROR_TEXT_MAX: usize = 1024;
+/// In ATTACH: begin behind all output there is now.
+pub const FROM_END: u64 = u64::MAX;
+
+/// Path in a packed guest of the main program's [`Launch`] bytes.
+pub const LAUNCH_PATH: &str = "/onde/run";
+/// Path in a packed guest of the list of kernel modules to load, one path a line, in this order.
+pub const MODULES_PATH: &str = "/onde/modules";
+
+/// Size of a terminal, in characters.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Window {
+    /// Lines.
+    pub rows: u16,
+    /// Characters a line.
+    pub columns: u16,
+}
+
+/// A program to start. Lists are strings that end with a zero byte each; see [`strings`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Launch<'a> {
+    /// The size of the terminal to give it, if it wants one instead of three pipes.
+    pub window: Option<Window>,
+    /// User id to run as.
+    pub uid: u32,
+    /// Group id to run as.
+    pub gid: u32,
+    /// Folder to start in.
+    pub cwd: &'a [u8],
+    /// The program, found by PATH if it has no slash, and its arguments.
+    pub argv: &'a [u8],
+    /// `NAME=value` strings; the whole environment.
+    pub env: &'a [u8],
+}
+
+/// The strings of a list in [`Launch`].
+pub fn strings(list: &[u8]) -> impl Iterator<Item = &[u8]> {
+    list.strip_suffix(b"\0").into_iter().flat_map(|list| list.split(|&byte| byte == 0))
+}
+
+impl<'a> Launch<'a> {
+    /// Writes the description to the front of `out`; its size, or `None` if it does not fit.
+    pub fn emit(&self, out: &mut [u8]) -> Option<usize> {
+        let size = 24 + self.cwd.len() + self.argv.len() + self.env.len();
+        let mut w = Writer::new(out.get_mut(..size)?);
+        let window = self.window.unwrap_or(Window { rows: 0, columns: 0 });
+        w.put(&u32::from(self.window.is_some()).to_le_bytes());
+        w.put(&window.rows.to_le_bytes());
+        w.put(&window.columns.to_le_bytes());
+        w.put(&self.uid.to_le_bytes());
+        w.put(&self.gid.to_le_bytes());
+        w.put(&u32::try_from(self.cwd.len()).ok()?.to_le_bytes());
+        w.put(&u32::try_from(self.argv.len()).ok()?.to_le_bytes());
+        w.put(self.cwd);
+        w.put(self.argv);
+        w.put(self.env);
+        Some(size)
+    }
+
+    /// Reads a description; `None` if it is none, or names no program.
+    pub fn parse(bytes: &'a [u8]) -> Option<Self> {
+        let mut r = Reader::new(bytes);
+        let terminal = r.u32()?;
+        let window = Window { rows: r.u16()?, columns: r.u16()? };
+        let (uid, gid) = (r.u32()?, r.u32()?);
+        let (cwd_size, argv_size) = (r.u32()?, r.u32()?);
+        let cwd = r.take(cwd_size as usize)?;
+        let argv = r.take(argv_size as usize)?;
+        let env = r.rest();
+        let well_formed = terminal <= 1
+            && !cwd.contains(&0)
+            && !argv.is_empty()
+            && is_list(argv)
+            && is_list(env)
+            && argv[0] != 0;
+        let window = (terminal == 1).then_some(window);
+        well_formed.then_some(Self { window, uid, gid, cwd, argv, env })
+    }
+}
+
+fn is_list(list: &[u8]) -> bool {
+    matches!(list.last(), None | Some(0))
+        && strings(list).take(STRINGS_MAX + 1).count() <= STRINGS_MAX
+}
+
+/// What a client says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ClientFrame<'a> {
+    /// First frame: follow the main program.
+    Attach {
+        /// Drawn at random by the client and kept when it connects again: the new session replaces the old.
+        client: u64,
+        /// Offset of the first byte of output wanted; clamped to what there is. [`FROM_END`] for none of it.
+        from: u64,
+        /// Whether the program waits for this client to read, also while it connects again; only
+        /// such a client may send input.
+        hold: bool,
+    },
+    /// First frame: start this program, and follow it.
+    Exec(Launch<'a>),
+    /// Input for the program.
+    Stdin {
+        /// Offset of the first byte.
+        offset: u64,
+        /// At most [`STDIN_MAX`].
+        bytes: &'a [u8],
+    },
+    /// No input comes any more.
+    StdinEof,
+    /// A signal for the program's process group.
+    Signal(u8),
+    /// The terminal's new size.
+    Window(Window),
+    /// All output before this offset has been written where it belongs.
+    Ack(u64),
+    /// The session ends on purpose: nothing waits for this client any more.
+    Detach,
+}
+
+/// How a program ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It returned this status.
+    Status(u8),
+    /// This signal killed it.
+    Signal(u8),
+}
+
+impl Exit {
+    /// The status that a shell would report: 128 plus the number for a signal.
+    pub fn shell_status(self) -> u8 {
+        match self {
+            Exit::Status(status) => status,
+            Exit::Signal(signal) => 128u8.saturating_add(signal),
+        }
+    }
+}
+
+/// Why the agent refuses.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u16)]
+pub enum Refusal {
+    /// A frame that makes no sense, or not here.
+    Protocol = 1,
+    /// The program does not exist in the guest.
+    NotFound = 2,
+    /// It exists and cannot be started.
+    NotExecutable = 3,
+    /// Too many sessions.
+    Busy = 4,
+    /// Another session with the same client id took over.
+    Replaced = 5,
+    /// The guest is out of something.
+    Guest = 6,
+}
+
+impl Refusal {
+    /// The refusal with this number.
+    pub fn parse(value: u16) -> Option<Self> {
+        use Refusal::*;
+        [Protocol, NotFound, NotExecutable, Busy, Replaced, Guest]
+            .into_iter()
+            .find(|refusal| *refusal as u16 == value)
+    }
+}
+
+/// What the agent says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum AgentFrame<'a> {
+    /// The session stands.
+    Started {
+        /// Process id in the guest.
+        pid: u32,
+        /// Offset of the first byte of output that will be sent: later than wanted if that is gone.
+        from: u64,
+        /// Offset behind all output so far.
+        end: u64,
+        /// How much of this client's input arrived.
+        received: u64,
+    },
+    /// Output.
+    Output {
+        /// 1 or 2; always 1 for a terminal.
+        stream: u8,
+        /// Offset of the first byte; larger than expected if a slow client that does not hold lost some.
+        offset: u64,
+        /// At most [`OUTPUT_MAX`].
+        bytes: &'a [u8],
+    },
+    /// All input before this offset went to the program.
+    Accepted(u64),
+    /// The program ended and all its output was sent.
+    Exited(Exit),
+    /// The session is over for this reason.
+    Error {
+        /// Why.
+        refusal: Refusal,
+        /// More words, UTF-8, at most [`ERROR_TEXT_MAX`].
+        text: &'a str,
+    },
+}
+
+const ATTACH: u8 = 1;
+const EXEC: u8 = 2;
+const STDIN: u8 = 3;
+const STDIN_EOF: u8 = 4;
+const SIGNAL: u8 = 5;
+const WINDOW: u8 = 6;
+const ACK: u8 = 7;
+const DETACH: u8 = 8;
+const STARTED: u8 = 16;
+const OUTPUT: u8 = 17;
+const ACCEPTED: u8 = 18;
+const EXITED: u8 = 19;
+const ERROR: u8 = 20;
+
+/// Kind and payload size that a frame's head announces; `None` above [`PAYLOAD_MAX`].
+pub fn head(bytes: &[u8; HEAD_SIZE]) -> Option<(u8, usize)> {
+    let [kind, size @ ..] = *bytes;
+    let size = u32::from_le_bytes(size) as usize;
+    (size <= PAYLOAD_MAX).then_some((kind, size))
+}
+
+/// Puts a frame together from the fields of its payload; its size, or `None` if they do not fit.
+fn frame(out: &mut [u8], kind: u8, fields: &[&[u8]]) -> Option<usize> {
+    let size: usize = fields.iter().map(|field| field.len()).sum();
+    let payload = set_head(out, kind, size)?;
+    let mut w = Writer::new(payload);
+    fields.iter().for_each(|field| w.put(field));
+    Some(HEAD_SIZE + size)
+}
+
+fn set_head(out: &mut [u8], kind: u8, size: usize) -> Option<&mut [u8]> {
+    if size > PAYLOAD_MAX {
+        return None;
+    }
+    let (head, payload) = out.split_first_chunk_mut::<HEAD_SIZE>()?;
+    head[0] = kind;
+    head[1..].copy_from_slice(&(size as u32).to_le_bytes());
+    payload.get_mut(..size)
+}
+
+impl<'a> ClientFrame<'a> {
+    /// Writes the whole frame to the front of `out`; its size, or `None` if it does not fit.
+    pub fn emit(&self, out: &mut [u8]) -> Option<usize> {
+        use ClientFrame::*;
+        match *self {
+            Attach { client, from, hold } => {
+                let fields = [&client.to_le_bytes()[..], &from.to_le_bytes(), &[u8::from(hold)]];
+                frame(out, ATTACH, &fields)
+            }
+            Exec(launch) => {
+                let size = launch.emit(out.get_mut(HEAD_SIZE..)?)?;
+                set_head(out, EXEC, size)?;
+                Some(HEAD_SIZE + size)
+            }
+            Stdin { offset, bytes } => frame(out, STDIN, &[&offset.to_le_bytes(), bytes]),
+            StdinEof => frame(out, STDIN_EOF, &[]),
+            Signal(signal) => frame(out, SIGNAL, &[&[signal]]),
+            ClientFrame::Window(window) => {
+                let fields = [&window.rows.to_le_bytes()[..], &window.columns.to_le_bytes()];
+                frame(out, WINDOW, &fields)
+            }
+            Ack(offset) => frame(out, ACK, &[&offset.to_le_bytes()]),
+            Detach => frame(out, DETACH, &[]),
+        }
+    }
+
+    /// Reads a frame's payload; `None` if it is none of a client.
+    pub fn parse(kind: u8, payload: &'a [u8]) -> Option<Self> {
+        let mut r = Reader::new(payload);
+        let frame = match kind {
+            ATTACH => {
+                let (client, from) = (r.u64()?, r.u64()?);
+                ClientFrame::Attach { client, from, hold: flag(r.u8()?)? }
+            }
+            EXEC => return Launch::parse(payload).map(ClientFrame::Exec),
+            STDIN => {
+                let offset = r.u64()?;
+                let bytes = r.rest();
+                let fits = (1..=STDIN_MAX).contains(&bytes.len());
+                return fits.then_some(ClientFrame::Stdin { offset, bytes });
+            }
+            STDIN_EOF => ClientFrame::StdinEof,
+            SIGNAL => ClientFrame::Signal(r.u8()?),
+            WINDOW => ClientFrame::Window(Window { rows: r.u16()?, columns: r.u16()? }),
+            ACK => ClientFrame::Ack(r.u64()?),
+            DETACH => ClientFrame::Detach,
+            _ => return None,
+        };
+        r.rest().is_empty().then_some(frame)
+    }
+}
+
+impl<'a> AgentFrame<'a> {
+    /// Writes the whole frame to the front of `out`; its size, or `None` if it does not fit.
+    pub fn emit(&self, out: &mut [u8]) -> Option<usize> {
+        use AgentFrame::*;
+        match *self {
+            Started { pid, from, end, received } => {
+                let [from, end, received] = [from, end, received].map(u64::to_le_bytes);
+                frame(out, STARTED, &[&pid.to_le_bytes(), &from, &end, &received])
+            }
+            Output { stream, offset, bytes } => {
+                frame(out, OUTPUT, &[&[stream], &offset.to_le_bytes(), bytes])
+            }
+            Accepted(offset) => frame(out, ACCEPTED, &[&offset.to_le_bytes()]),
+            Exited(Exit::Status(status)) => frame(out, EXITED, &[&[0, status]]),
+            Exited(Exit::Signal(signal)) => frame(out, EXITED, &[&[1, signal]]),
+            Error { refusal, text } => {
+                let text = cut(text, ERROR_TEXT_MAX);
+                frame(out, ERROR, &[&(refusal as u16).to_le_bytes(), text.as_bytes()])
+            }
+        }
+    }
+
+    /// Reads a frame's payload; `None` if it is none of an agent.
+    pub fn parse(kind: u8, payload: &'a [u8]) -> Option<Self> {
+        let mut r = Reader::new(payload);
+        let frame = match kind {
+            STARTED => {
+                let (pid, from, end, received) = (r.u32()?, r.u64()?, r.u64()?, r.u64()?);
+                AgentFrame::Started { pid, from, end, received }
+            }
+            OUTPUT => {
+                let (stream, offset, bytes) = (r.u8()?, r.u64()?, r.rest());
+                let fits = matches!(stream, 1 | 2) && (1..=OUTPUT_MAX).contains(&bytes.len());
+                return fits.then_some(AgentFrame::Output { stream, offset, bytes });
+            }
+            ACCEPTED => AgentFrame::Accepted(r.u64()?),
+            EXITED => match (r.u8()?, r.u8()?) {
+                (0, status) => AgentFrame::Exited(Exit::Status(status)),
+                (1, signal) => AgentFrame::Exited(Exit::Signal(signal)),
+                _ => return None,
+            },
+            ERROR => {
+                let (refusal, text) = (Refusal::parse(r.u16()?)?, r.rest());
+                let text = core::str::from_utf8(text).ok().filter(|t| t.len() <= ERROR_TEXT_MAX)?;
+                return Some(AgentFrame::Error { refusal, text });
+            }
+            _ => return None,
+        };
+        r.rest().is_empty().then_some(frame)
+    }
+}
+
+fn flag(byte: u8) -> Option<bool> {
+    (byte <= 1).then_some(byte == 1)
+}
+
+/// The longest front of `text` of at most `size` bytes that is whole characters.
+fn cut(text: &str, size: usize) -> &str {
+    let end = (0..=size.min(text.len())).rev().find(|&end| text.is_char_boundary(end));
+    &text[..end.unwrap_or(0)]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAUNCH: Launch = Launch {
+        window: Some(Window { rows: 24, columns: 80 }),
+        uid: 1,
+        gid: 2,
+        cwd: b"/w",
+        argv: b"ls\0-l\0",
+        env: b"A=b\0",
+    };
+
+    fn check_client(frame: ClientFrame, golden: &[u8]) {
+        let mut out = [0; FRAME_MAX];
+        let size = frame.emit(&mut out).unwrap();
+        assert_eq!(&out[..size], golden, "{frame:?}");
+        let (kind, payload_size) = head(golden.first_chunk().unwrap()).unwrap();
+        assert_eq!(payload_size, golden.len() - HEAD_SIZE);
+        assert_eq!(ClientFrame::parse(kind, &golden[HEAD_SIZE..]), Some(frame));
+        assert_eq!(AgentFrame::parse(kind, &golden[HEAD_SIZE..]), None);
+    }
+
+    fn check_agent(frame: AgentFrame, golden: &[u8]) {
+        let mut out = [0; FRAME_MAX];
+        let size = frame.emit(&mut out).unwrap();
+        assert_eq!(&out[..size], golden, "{frame:?}");
+        assert_eq!(AgentFrame::parse(golden[0], &golden[HEAD_SIZE..]), Some(frame));
+        assert_eq!(ClientFrame::parse(golden[0], &golden[HEAD_SIZE..]), None);
+    }
+
+    #[test]
+    fn client_frames_keep_their_bytes() {
+        use ClientFrame::*;
+        let attach = b"\x01\x11\0\0\0\x07\0\0\0\0\0\0\0\xFF\xFF\xFF\xFF\xFF\xFF\xFF\xFF\x01";
+        check_client(Attach { client: 7, from: FROM_END, hold: true }, attach);
+        let exec = b"\x02\x24\0\0\0\x01\0\0\0\x18\0\x50\0\x01\0\0\0\x02\0\0\0\x02\0\0\0\x06\0\0\0/wls\0-l\0A=b\0";
+        check_client(Exec(LAUNCH), exec);
+        check_client(Stdin { offset: 3, bytes: b"hi" }, b"\x03\x0A\0\0\0\x03\0\0\0\0\0\0\0hi");
+        check_client(StdinEof, b"\x04\0\0\0\0");
+        check_client(Signal(15), b"\x05\x01\0\0\0\x0F");
+        let window = super::Window { rows: 25, columns: 80 };
+        check_client(ClientFrame::Window(window), b"\x06\x04\0\0\0\x19\0\x50\0");
+        check_client(Ack(258), b"\x07\x08\0\0\0\x02\x01\0\0\0\0\0\0");
+        check_client(Detach, b"\x08\0\0\0\0");
+    }
+
+    #[test]
+    fn agent_frames_keep_their_bytes() {
+        use AgentFrame::*;
+        let started =
+            b"\x10\x1C\0\0\0\x05\0\0\0\x01\0\0\0\0\0\0\0\x02\0\0\0\0\0\0\0\x03\0\0\0\0\0\0\0";
+        check_agent(Started { pid: 5, from: 1, end: 2, received: 3 }, started);
+        let output = b"\x11\x0B\0\0\0\x02\x09\0\0\0\0\0\0\0ok";
+        check_agent(Output { stream: 2, offset: 9, bytes: b"ok" }, output);
+        check_agent(Accepted(4), b"\x12\x08\0\0\0\x04\0\0\0\0\0\0\0");
+        check_agent(Exited(Exit::Status(3)), b"\x13\x02\0\0\0\0\x03");
+        check_agent(Exited(Exit::Signal(9)), b"\x13\x02\0\0\0\x01\x09");
+        check_agent(Error { refusal: Refusal::NotFound, text: "ls" }, b"\x14\x04\0\0\0\x02\0ls");
+    }
+
+    #[test]
+    fn launch_lists_are_strings_that_end() {
+        assert_eq!(strings(LAUNCH.argv).collect::<Vec<_>>(), [&b"ls"[..], b"-l"]);
+        assert_eq!(strings(b"a\0\0b\0").collect::<Vec<_>>(), [&b"a"[..], b"", b"b"]);
+        assert_eq!(strings(b"").count(), 0);
+        let mut out = [0; 64];
+        for (argv, env) in [(&b""[..], &b""[..]), (b"ls", b""), (b"ls\0", b"A"), (b"\0x\0", b"")] {
+            let size = Launch { argv, env, ..LAUNCH }.emit(&mut out).unwrap();
+            assert_eq!(Launch::parse(&out[..size]), None, "{argv:?} {env:?}");
+        }
+    }
+
+    #[test]
+    fn malformed_frames_are_refused() {
+        assert_eq!(head(&[1, 0xFB, 0xFF, 0, 0]), Some((1, PAYLOAD_MAX)));
+        assert_eq!(head(&[1, 0xFC, 0xFF, 0, 0]), None);
+        let mut out = [0; FRAME_MAX];
+        let long = [7; PAYLOAD_MAX];
+        assert_eq!(ClientFrame::Stdin { offset: 0, bytes: &long }.emit(&mut out), None);
+        let size = ClientFrame::Exec(LAUNCH).emit(&mut out).unwrap();
+        for cut in 0..24 {
+            assert_eq!(ClientFrame::parse(EXEC, &out[HEAD_SIZE..HEAD_SIZE + cut]), None);
+        }
+        assert!(ClientFrame::parse(EXEC, &out[HEAD_SIZE..size]).is_some());
+        for (kind, payload) in [(DETACH, &b"x"[..]), (SIGNAL, b""), (STDIN, &[0; 8]), (99, b"")] {
+            assert_eq!(ClientFrame::parse(kind, payload), None, "{kind}");
+        }
+        assert_eq!(AgentFrame::parse(OUTPUT, b"\x03\0\0\0\0\0\0\0\0x"), None);
+        assert_eq!(AgentFrame::parse(ERROR, b"\x02\0\xFF"), None);
+    }
+
+    #[test]
+    fn a_long_error_text_is_cut_at_a_character() {
+        let text = "é".repeat(600);
+        let text = format!("x{text}");
+        let mut out = [0; FRAME_MAX];
+        let error = AgentFrame::Error { refusal: Refusal::Guest, text: &text };
+        let size = error.emit(&mut out).unwrap();
+        let parsed = AgentFrame::parse(ERROR, &out[HEAD_SIZE..size]).unwrap();
+        assert_eq!(parsed, AgentFrame::Error { refusal: Refusal::Guest, text: &text[..1023] });
+    }
+}
