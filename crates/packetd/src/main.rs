@@ -77,7 +77,8 @@ struct Lost {
 
 fn start() -> Result<Program, Failure> {
     let doing = |what| move |error: io::Error| Failure(what, error);
-    let noded = onde_sys::inherited::take(NODED).map_err(doing("take descriptor 3 from noded"))?;
+    let noded =
+        onde_sys::inherited::take_only(NODED).map_err(doing("take descriptor 3 from noded"))?;
     let setup = receive_setup(&noded).map_err(doing("read noded's setup message"))?;
     let name = std::str::from_utf8(&setup.interface).unwrap_or_default().trim_end_matches('\0');
     let open = doing("open a packet socket on the interface");
@@ -116,10 +117,8 @@ impl Program {
     }
 
     fn wait(&self) -> io::Result<()> {
-        let mut sources = [
-            PollFd::new(&self.socket, PollFlags::IN),
-            PollFd::new(&self.noded, PollFlags::IN),
-        ];
+        let mut sources =
+            [PollFd::new(&self.socket, PollFlags::IN), PollFd::new(&self.noded, PollFlags::IN)];
         match poll(&mut sources, None) {
             Ok(_) | Err(Errno::INTR) => Ok(()),
             Err(error) => Err(error.into()),
@@ -184,11 +183,12 @@ fn carry_out(
                 lost.frames += 1;
             }
         }
-        Output::Message(message) => match send(noded, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL)
-        {
-            Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {} // `recv` says that it hung up
-            Err(_) => lost.up += 1,
-        },
+        Output::Message(message) => {
+            match send(noded, message, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+                Ok(_) | Err(Errno::PIPE | Errno::CONNRESET) => {} // `recv` says that it hung up
+                Err(_) => lost.up += 1,
+            }
+        }
     }
     Ok(())
 }
