@@ -19,6 +19,7 @@ const RETURN: u16 = 0x06;
 /// Where the kernel shows whether a VLAN tag was taken off (SKF_AD_OFF + SKF_AD_VLAN_TAG_PRESENT).
 const VLAN_PRESENT: u32 = 0u32.wrapping_sub(0x1000) + 48;
 
+// tcb:stranger-begin
 /// The program for this node: requests for its address, by ARP or to its MAC by unfragmented ICMP
 /// echo. Loads beyond a frame's end drop the frame.
 pub fn program(node: &Host) -> [Instruction; PROGRAM_SIZE] {
@@ -56,3 +57,4 @@ pub fn program(node: &Host) -> [Instruction; PROGRAM_SIZE] {
         (RETURN, 0, 0, 0),
     ]
 }
+// tcb:stranger-end

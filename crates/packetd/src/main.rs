@@ -169,6 +169,7 @@ impl Program {
     }
 }
 
+// tcb:stranger-begin
 /// Sends an output where it belongs. What finds a full queue is lost, as on any network.
 fn carry_out(
     output: Output<'_>,
@@ -192,6 +193,7 @@ fn carry_out(
     }
     Ok(())
 }
+// tcb:stranger-end
 
 /// Prints a line to standard error in one piece and without the heap.
 fn say(text: std::fmt::Arguments<'_>) {

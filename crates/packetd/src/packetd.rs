@@ -96,6 +96,7 @@ impl Packetd {
         &self.counts
     }
 
+    // tcb:stranger-begin
     /// Takes one input at `now_ms` of a clock that never goes back. Bounded work, no heap, no panic.
     pub fn step(&mut self, now_ms: u64, input: Input<'_>) -> Output<'_> {
         match input {
@@ -104,7 +105,6 @@ impl Packetd {
         }
     }
 
-    // tcb:stranger-begin
     fn frame(&mut self, now_ms: u64, frame: &[u8]) -> Output<'_> {
         match Request::parse(&self.node, frame) {
             Some(Request::Arp(asker)) => self.answer_arp(now_ms, &asker),

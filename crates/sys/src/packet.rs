@@ -94,7 +94,6 @@ impl PacketSocket {
         self.ring = Some(ring);
         count
     }
-    // tcb:stranger-end
 
     /// Sends one frame, without waiting.
     pub fn send(&self, frame: &[u8]) -> io::Result<Sent> {
@@ -104,6 +103,7 @@ impl PacketSocket {
             Err(error) => Err(error.into()),
         }
     }
+    // tcb:stranger-end
 
     /// `protocol` is an EtherType, ETH_P_ALL, or 0 for none.
     fn bind(&self, protocol: u16) -> io::Result<()> {

@@ -6,6 +6,7 @@ pub struct Reader<'a> {
     rest: &'a [u8],
 }
 
+// tcb:stranger-begin
 impl<'a> Reader<'a> {
     /// Starts at the first byte.
     pub fn new(bytes: &'a [u8]) -> Self {
@@ -49,12 +50,14 @@ impl<'a> Reader<'a> {
         self.rest
     }
 }
+// tcb:stranger-end
 
 /// Writes fields to the front of a slice that the caller made large enough.
 pub struct Writer<'a> {
     rest: &'a mut [u8],
 }
 
+// tcb:stranger-begin
 impl<'a> Writer<'a> {
     /// Starts at the first byte.
     pub fn new(bytes: &'a mut [u8]) -> Self {
@@ -68,3 +71,4 @@ impl<'a> Writer<'a> {
         self.rest = rest;
     }
 }
+// tcb:stranger-end

@@ -23,6 +23,7 @@ impl core::fmt::Debug for Key {
 }
 
 impl Key {
+    // tcb:stranger-begin
     /// Takes the key's bytes.
     pub fn new(bytes: &[u8; KEY_SIZE]) -> Self {
         Self { mac: Hmac::new_from_slice(bytes).expect("HMAC takes keys of any length") }
@@ -43,6 +44,7 @@ impl Key {
         parts.iter().for_each(|part| mac.update(part));
         mac
     }
+    // tcb:stranger-end
 }
 
 /// SHA-256 of `bytes`.
@@ -55,10 +57,12 @@ pub fn node_key(cluster_secret: &[u8; KEY_SIZE], node: &[u8; 16]) -> [u8; KEY_SI
     Key::new(cluster_secret).tag(&[b"node", node])
 }
 
+// tcb:stranger-begin
 /// Key of a job on a node. The broker tells the customer, the node derives it; it never crosses the LAN.
 pub fn job_key(node_key: &Key, job: &[u8; 16]) -> [u8; KEY_SIZE] {
     node_key.tag(&[b"job", job])
 }
+// tcb:stranger-end
 
 /// Key of a node's redemption certificates, used for nothing else.
 pub fn certificate_key(node_key: &Key) -> [u8; KEY_SIZE] {

@@ -55,6 +55,7 @@ pub enum Op {
 }
 
 impl Op {
+    // tcb:stranger-begin
     fn parse(value: u8) -> Option<Self> {
         use Op::*;
         [Hello, Boot, Pay, Status, Console, Stop].into_iter().find(|op| *op as u8 == value)
@@ -69,6 +70,7 @@ impl Op {
             Op::Console => 8,
         }
     }
+    // tcb:stranger-end
 }
 
 /// How a request went.
@@ -121,6 +123,7 @@ impl Status {
     }
 }
 
+// tcb:stranger-begin
 /// A request whose form is right and whose tag is not checked yet.
 #[derive(Clone, Copy)]
 pub struct RequestUnchecked<'a> {
@@ -177,6 +180,7 @@ fn job(packet: &Packet) -> JobId {
 fn tag(packet: &Packet) -> &Tag {
     packet[HEAD_SIZE..BODY].try_into().expect("a tag has 32 bytes")
 }
+// tcb:stranger-end
 
 /// A request with its meaning. [`Request::parse`] takes only packets whose tag was checked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -249,9 +253,11 @@ impl Request {
     }
 }
 
+// tcb:stranger-begin
 fn nonce(packet: &Packet) -> u64 {
     u64::from_le_bytes(packet[8..16].try_into().expect("a nonce has 8 bytes"))
 }
+// tcb:stranger-end
 
 fn head(op: u8, status: u8, nonce: u64, job: &JobId) -> Packet {
     let mut packet = [0; PACKET_SIZE];
@@ -493,6 +499,7 @@ impl Reply {
     }
 }
 
+// tcb:stranger-begin
 /// The HELLO reply for one nonce, from a template that [`Reply::emit`] made: `packetd` answers
 /// strangers with this, `noded` makes the template once a second.
 pub fn hello_reply(template: &Packet, nonce: u64, node_key: &Key) -> Packet {
@@ -502,6 +509,7 @@ pub fn hello_reply(template: &Packet, nonce: u64, node_key: &Key) -> Packet {
     packet[HEAD_SIZE..BODY].copy_from_slice(&tag);
     packet
 }
+// tcb:stranger-end
 
 impl Hello {
     fn emit(&self, w: &mut Writer<'_>) {
