@@ -18,6 +18,7 @@ pub fn run() -> Result<()> {
     let bare_metal = root().join("mstrap");
     step("format, bare metal", || cargo(&bare_metal, &["fmt", "--check"]))?;
     step("lint, bare metal", || cargo(&bare_metal, &["clippy", "--release", "--", "-Dwarnings"]))?;
+    step("tests, bare metal", || cargo(&bare_metal, &["test", "--release", "--lib"]))?;
     // Tests of the lab are among these; each has a lab of its own, or waits for its turn.
     step("tests", || cargo(root(), &["test", "--release", "--workspace"]))
 }

@@ -300,9 +300,8 @@ fn wait_until(
     let deadline = Instant::now() + READY_TIMEOUT;
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        if left.is_zero() {
-            bail!("not ready after {} s", READY_TIMEOUT.as_secs());
-        }
+        // Zero would mean for ever.
+        let left = left.max(Duration::from_millis(1));
         connection.stream.set_read_timeout(Some(left))?;
         let status = connection.receive()?;
         on_change(&status);
@@ -366,7 +365,7 @@ impl Connection {
         match self.reader.read_line(&mut line) {
             Ok(0) => bail!("the lab's keeper ended"),
             Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("no answer in time"),
+            Err(error) if error.kind() == ErrorKind::WouldBlock => bail!("not ready in time"),
             Err(error) => return Err(error.into()),
         }
         match serde_json::from_str(&line)? {

@@ -125,7 +125,10 @@ fn up(dir: PathBuf, up: Up) -> Result<ExitCode> {
         broker: !up.no_broker,
         keep_console: up.keep_console,
     };
-    let step = Step::new(&format!("{} nodes boot", shape.nodes));
+    let step = Step::new(&match shape.nodes {
+        1 => "1 node boots".to_owned(),
+        count => format!("{count} nodes boot"),
+    });
     let mut told = BTreeSet::new();
     let lab = Lab::up(&dir, &shape, |status| {
         if told.insert("processors".to_owned()) {
