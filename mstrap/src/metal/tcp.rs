@@ -1,0 +1,271 @@
+//! The TCP server of mstrap: smoltcp over the network device, one client served at a time. A few more may
+//! wait in line, so that a stranger who connects and says nothing keeps nobody out; who is silent for
+//! [`HANDSHAKE`] is cut off.
+//!
+//! Every wait has an end: the [`Limits`] that the caller set.
+
+use super::Lent;
+use super::clock::Clock;
+use super::control::{self, IDLE_MS_MAX};
+use super::net::Net;
+use crate::server::{Link, Refused};
+use onde_wire::channel::{CLIENT_HELLO_SIZE, PORT};
+use onde_wire::machine::Identity;
+use smoltcp::iface::{
+    Config, Interface, PollIngressSingleResult, SocketHandle, SocketSet, SocketStorage,
+};
+use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
+use smoltcp::time::{Duration, Instant};
+use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address, Ipv4Cidr};
+
+/// Time from a client's first packet until it has proven that it knows the job key.
+pub const HANDSHAKE: Duration = Duration::from_secs(3);
+/// Connections held at a time: one served, the others in line.
+const LINE: usize = 4;
+/// Receive window: a few milliseconds of a fast LAN, so that the sender is not held up while we decrypt.
+const RX_SIZE: usize = 256 << 10;
+/// Room for one report of [`crate::server::SEND_MAX`].
+const TX_SIZE: usize = 8 << 10;
+/// Frames taken in before the stack gets to answer: a flood must not hold it up.
+const INGRESS_MAX: usize = 256;
+/// Rounds of sending in a turn; each sends at most one frame of each connection.
+const EGRESS_MAX: usize = 16;
+/// Longest wait while clients are in line, so that their time is kept.
+const ACCEPT_WAIT: Duration = Duration::from_millis(500);
+
+static STORAGE: Lent<[SocketStorage<'static>; LINE]> =
+    Lent::new([const { SocketStorage::EMPTY }; LINE]);
+static RX: Lent<[[u8; RX_SIZE]; LINE]> = Lent::new([[0; RX_SIZE]; LINE]);
+static TX: Lent<[[u8; TX_SIZE]; LINE]> = Lent::new([[0; TX_SIZE]; LINE]);
+
+/// How long a client may take.
+#[derive(Clone, Copy)]
+pub struct Limits {
+    /// When everything must be done; a wait that meets it ends with [`Refused::TooLate`].
+    pub deadline: Instant,
+    /// Longest silence in the middle of what a client has to say; else [`Refused::Stalled`].
+    pub stall: Duration,
+}
+
+/// TCP server.
+pub struct Server {
+    clock: Clock,
+    net: Net,
+    iface: Interface,
+    sockets: SocketSet<'static>,
+    line: [Client; LINE],
+    /// Whose turn it is, an index of `line`.
+    current: usize,
+    limits: Limits,
+}
+
+#[derive(Clone, Copy)]
+struct Client {
+    handle: SocketHandle,
+    /// When its first packet came; `None` while the place is free.
+    since: Option<Instant>,
+}
+
+impl Server {
+    /// Configures the stack for this VM; nothing is sent before [`Self::accept`].
+    pub fn new(
+        mut net: Net,
+        clock: Clock,
+        identity: &Identity,
+        tcp_seed: u64,
+        limits: Limits,
+    ) -> Self {
+        let mut config = Config::new(EthernetAddress(identity.boot_mac).into());
+        config.random_seed = tcp_seed;
+        let mut iface = Interface::new(config, &mut net, clock.now());
+        let address = Ipv4Address::from(identity.boot_ipv4);
+        let prefix_len = identity.prefix_len.min(32);
+        iface.update_ip_addrs(|all| {
+            all.push(IpCidr::Ipv4(Ipv4Cidr::new(address, prefix_len)))
+                .expect("room for one address");
+        });
+        if identity.gateway != [0; 4] {
+            let gateway = Ipv4Address::from(identity.gateway);
+            iface.routes_mut().add_default_ipv4_route(gateway).expect("room for one route");
+        }
+        let mut sockets = SocketSet::new(&mut STORAGE.take()[..]);
+        let (mut rx, mut tx) = (RX.take().iter_mut(), TX.take().iter_mut());
+        let line = core::array::from_fn(|_| {
+            let (rx, tx) = (rx.next().expect("one each"), tx.next().expect("one each"));
+            let mut socket =
+                Socket::new(SocketBuffer::new(&mut rx[..]), SocketBuffer::new(&mut tx[..]));
+            // What came in together is acknowledged together, so a delay would only hold up the sender.
+            socket.set_ack_delay(None);
+            socket.set_nagle_enabled(false);
+            Client { handle: sockets.add(socket), since: None }
+        });
+        Self { clock, net, iface, sockets, line, current: 0, limits }
+    }
+
+    /// Time since the start.
+    pub fn now(&self) -> Instant {
+        self.clock.now()
+    }
+
+    /// Sets the limits from now on.
+    pub fn set_limits(&mut self, limits: Limits) {
+        self.limits = limits;
+    }
+
+    /// Waits for a client who has said hello, and makes it the one that is served. Returns the time
+    /// when it must have proven itself.
+    ///
+    /// # Errors
+    /// [`Refused::TooLate`] at the deadline.
+    pub fn accept(&mut self) -> Result<Instant, Refused> {
+        loop {
+            self.pump()?;
+            for index in 0..LINE {
+                if let Some(since) = self.look(index) {
+                    self.current = index;
+                    return Ok(since + HANDSHAKE);
+                }
+            }
+            self.wait(self.now() + ACCEPT_WAIT);
+        }
+    }
+
+    /// Keeps one place of the line: frees it from who is silent or gone, and says since when a
+    /// client is there who has said hello.
+    fn look(&mut self, index: usize) -> Option<Instant> {
+        let now = self.clock.now();
+        let client = &mut self.line[index];
+        let socket = self.sockets.get_mut::<Socket>(client.handle);
+        match socket.state() {
+            State::Listen => client.since = None,
+            State::Closed => {
+                client.since = None;
+                socket.listen(PORT).expect("a closed socket and a port can listen");
+            }
+            _ => {
+                let since = *client.since.get_or_insert(now);
+                if socket.recv_queue() >= CLIENT_HELLO_SIZE {
+                    return Some(since);
+                }
+                let gone = !socket.may_recv() && socket.state() != State::SynReceived;
+                if gone || now - since > HANDSHAKE {
+                    socket.abort();
+                }
+            }
+        }
+        None
+    }
+
+    /// Cuts the current client off.
+    pub fn drop_client(&mut self) {
+        self.sockets.get_mut::<Socket>(self.line[self.current].handle).abort();
+        self.turn();
+    }
+
+    /// Cuts off everybody but the current client, and takes no new ones until the next [`Self::accept`].
+    pub fn close_line(&mut self) {
+        for index in (0..LINE).filter(|index| *index != self.current) {
+            self.sockets.get_mut::<Socket>(self.line[index].handle).abort();
+        }
+        self.turn();
+    }
+
+    /// A turn of the stack, if there is time left.
+    fn pump(&mut self) -> Result<(), Refused> {
+        self.turn();
+        if self.clock.now() >= self.limits.deadline { Err(Refused::TooLate) } else { Ok(()) }
+    }
+
+    /// One turn: takes in what has come, sends what is due.
+    fn turn(&mut self) {
+        let now = self.clock.now();
+        for _ in 0..INGRESS_MAX {
+            let result = self.iface.poll_ingress_single(now, &mut self.net, &mut self.sockets);
+            if matches!(result, PollIngressSingleResult::None) {
+                break;
+            }
+        }
+        for _ in 0..EGRESS_MAX {
+            let result = self.iface.poll_egress(now, &mut self.net, &mut self.sockets);
+            if matches!(result, smoltcp::iface::PollResult::None) {
+                break;
+            }
+        }
+        self.net.flush();
+    }
+
+    /// Waits until something comes in, the stack has something to do, or `limit`.
+    fn wait(&mut self, limit: Instant) {
+        let now = self.clock.now();
+        let due = self.iface.poll_at(now, &self.sockets).unwrap_or(limit);
+        let until = due.min(limit).min(self.limits.deadline);
+        if until > now {
+            let ms = (until - now).total_micros().div_ceil(1000).min(IDLE_MS_MAX.into());
+            self.net.wait(|| control::idle(ms as u32));
+        }
+    }
+
+    fn socket(&mut self) -> &mut Socket<'static> {
+        self.sockets.get_mut(self.line[self.current].handle)
+    }
+
+    /// After a turn that moved nothing: waits for more, but not beyond silence since `progress`.
+    fn wait_since(&mut self, progress: Instant) -> Result<(), Refused> {
+        if self.clock.since(progress) > self.limits.stall {
+            return Err(Refused::Stalled);
+        }
+        self.wait(progress + self.limits.stall);
+        Ok(())
+    }
+}
+
+impl Link for Server {
+    fn recv(&mut self, buffer: &mut [u8]) -> Result<(), Refused> {
+        let mut filled = 0;
+        let mut progress = self.clock.now();
+        loop {
+            // First a turn of the stack: while we decrypt, the sender's window must open again.
+            self.pump()?;
+            let count =
+                self.socket().recv_slice(&mut buffer[filled..]).map_err(|_| Refused::Closed)?;
+            filled += count;
+            if filled == buffer.len() {
+                return Ok(());
+            }
+            if count > 0 {
+                progress = self.clock.now();
+            } else {
+                self.wait_since(progress)?;
+            }
+        }
+    }
+
+    fn send(&mut self, mut bytes: &[u8]) -> Result<(), Refused> {
+        let mut progress = self.clock.now();
+        loop {
+            let count = self.socket().send_slice(bytes).map_err(|_| Refused::Closed)?;
+            self.pump()?;
+            bytes = &bytes[count..];
+            if bytes.is_empty() {
+                return Ok(());
+            }
+            if count > 0 {
+                progress = self.clock.now();
+            } else {
+                self.wait_since(progress)?;
+            }
+        }
+    }
+
+    fn flush(&mut self) -> Result<(), Refused> {
+        let progress = self.clock.now();
+        while self.socket().send_queue() > 0 {
+            if !self.socket().is_active() {
+                return Err(Refused::Closed);
+            }
+            self.wait_since(progress)?;
+            self.pump()?;
+        }
+        Ok(())
+    }
+}
