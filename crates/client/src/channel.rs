@@ -66,6 +66,9 @@ impl Channel {
         let halves =
             client_finish(&hello, &answer, job_key).ok_or(ChannelError::Foreign { peer })?;
         let Halves { to_server, to_client } = halves;
+        // Agents and loaders always read, so bytes that stay unacknowledged mean that the guest is gone. The
+        // other way round a person may have stopped the terminal.
+        let _ = rustix::net::sockopt::set_tcp_user_timeout(&stream, 30_000);
         Ok(Self::over(stream, to_client, to_server))
     }
 
@@ -85,6 +88,7 @@ impl Channel {
     fn over(stream: TcpStream, incoming: Cipher, outgoing: Cipher) -> Self {
         // Records are whole messages: waiting to fill a segment would only delay keystrokes.
         let _ = stream.set_nodelay(true);
+        keep_alive(&stream);
         let stream = Arc::new(stream);
         let buffer = || vec![0; RECORD_WIRE_MAX].into_boxed_slice();
         Self {
@@ -98,6 +102,16 @@ impl Channel {
             writer: Writer { stream, cipher: outgoing, record: buffer(), size: 0 },
         }
     }
+}
+
+/// Lets the kernel notice within half a minute that the peer's machine is gone: a session may be silent for
+/// hours. A kernel that refuses keeps its own, longer times.
+fn keep_alive(stream: &TcpStream) {
+    use rustix::net::sockopt;
+    let _ = sockopt::set_socket_keepalive(stream, true);
+    let _ = sockopt::set_tcp_keepidle(stream, Duration::from_secs(10));
+    let _ = sockopt::set_tcp_keepintvl(stream, Duration::from_secs(5));
+    let _ = sockopt::set_tcp_keepcnt(stream, 4);
 }
 
 /// Sends `ours`, where there is something, and reads the peer's hello, all within the time for hellos.
