@@ -1,2 +1,167 @@
-//! Not written yet.
-fn main() {}
+//! `vmm`: one process, one virtual machine on KVM. `noded` starts it in a jail with the descriptors
+//! of `wire::machine::fds`; it runs mstrap, then whatever the loader puts into memory. It has no
+//! network socket, opens no file and parses no bytes from a network.
+
+mod acpi;
+mod bus;
+mod console;
+mod control;
+mod descriptors;
+mod fault;
+mod io;
+mod kvm;
+mod machine;
+mod memory;
+mod mstrap;
+mod noded;
+mod sandbox;
+mod virtio;
+
+use std::process::ExitCode;
+use std::thread::{Builder, JoinHandle};
+
+use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX, VmmEvent};
+use vmm_sys_util::signal::{Killable, block_signal};
+
+use descriptors::Descriptors;
+use fault::{Context, Fault, Part};
+use io::Io;
+use kvm::vcpu::{Vcpu, kick_signal};
+use machine::{Built, Machine, Outcome, Shape};
+
+/// A vCPU thread calls a few functions deep and keeps 4 KiB of random bytes at most.
+const STACK_SIZE: usize = 128 << 10;
+
+fn main() -> ExitCode {
+    die_on_panic();
+    match parse(std::env::args().skip(1)).and_then(run) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(fault) => {
+            eprintln!("vmm: {fault}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// A bug in one thread ends the whole process; `noded` sees the exit and cleans up.
+fn die_on_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        eprintln!("vmm: bug: {info}");
+        std::process::exit(1);
+    }));
+}
+
+/// Runs a machine to its end. On success it powered off or reset; `noded` was told in any case.
+fn run(shape: Shape) -> Result<(), Fault> {
+    let given = Descriptors::take(shape.has_disk)?;
+    let early = given.control.try_clone().fault(Part::Descriptors, "clone the control socket")?;
+    let built = machine::build(shape, given).inspect_err(|fault| {
+        let _ = early.send(&VmmEvent::Fault(fault.part as u32).emit());
+    })?;
+    drop(early);
+    let Built { machine, vcpus, doorbells } = built;
+    let outcome = match start(&machine, vcpus) {
+        Ok(threads) => {
+            let outcome = serve(&machine, &doorbells);
+            machine.end(Outcome::Abandoned);
+            stop(threads);
+            outcome
+        }
+        Err(fault) => Outcome::Fault(fault),
+    };
+    report(&machine, outcome)
+}
+
+/// Starts a thread for each vCPU.
+fn start(
+    machine: &std::sync::Arc<Machine>,
+    vcpus: Vec<Vcpu>,
+) -> Result<Vec<JoinHandle<()>>, Fault> {
+    // Threads inherit the mask: the kick signal comes through in KVM_RUN only.
+    block_signal(kick_signal()).fault(Part::Vcpu, "block the kick signal")?;
+    machine.noded.tell(VmmEvent::Started);
+    vcpus
+        .into_iter()
+        .map(|vcpu| {
+            let machine = machine.clone();
+            let thread = Builder::new().name("vcpu".into()).stack_size(STACK_SIZE);
+            thread.spawn(move || vcpu.run(machine)).fault(Part::Vcpu, "start a vCPU thread")
+        })
+        .collect()
+}
+
+/// The I/O thread's life: this one.
+fn serve(machine: &Machine, doorbells: &[machine::Doorbell]) -> Outcome {
+    let prepared = Io::new(machine, doorbells).and_then(|io| sandbox::enter_io().map(|()| io));
+    match prepared {
+        Ok(mut io) => io.run(),
+        Err(fault) => Outcome::Fault(fault),
+    }
+}
+
+/// Gets every vCPU out of its guest and waits for its thread.
+fn stop(threads: Vec<JoinHandle<()>>) {
+    for thread in threads {
+        // A thread that is gone already does not mind.
+        let _ = thread.kill(kick_signal());
+        // A thread that panicked has ended the process.
+        let _ = thread.join();
+    }
+}
+
+fn report(machine: &Machine, outcome: Outcome) -> Result<(), Fault> {
+    match outcome {
+        Outcome::PowerOff => machine.noded.tell(VmmEvent::PowerOff),
+        Outcome::Reset => machine.noded.tell(VmmEvent::Reset),
+        Outcome::Abandoned => return Err(Fault::new(Part::Io, "noded closed the control socket")),
+        Outcome::Fault(fault) => {
+            machine.noded.tell(VmmEvent::Fault(fault.part as u32));
+            return Err(fault);
+        }
+    }
+    Ok(())
+}
+
+/// `--memory-mib N --vcpus N [--disk]`
+fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Shape, Fault> {
+    const USAGE: &str = "usage: vmm --memory-mib N --vcpus N [--disk]";
+    let bad = |what: &str| Fault::new(Part::Arguments, format!("{what}; {USAGE}"));
+    let (mut mem_mib, mut vcpus, mut has_disk) = (None, None, false);
+    while let Some(argument) = arguments.next() {
+        let mut number = || arguments.next().and_then(|value| value.parse::<u32>().ok());
+        match argument.as_str() {
+            "--memory-mib" => mem_mib = number(),
+            "--vcpus" => vcpus = number(),
+            "--disk" => has_disk = true,
+            _ => return Err(bad(&format!("unknown argument {argument}"))),
+        }
+    }
+    let mem_mib = mem_mib
+        .filter(|mib| (MEM_MIB_MIN..=MEM_MIB_MAX).contains(mib))
+        .ok_or_else(|| bad(&format!("memory must be {MEM_MIB_MIN} to {MEM_MIB_MAX} MiB")))?;
+    let vcpus = vcpus
+        .filter(|count| (1..=u32::from(VCPUS_MAX)).contains(count))
+        .ok_or_else(|| bad(&format!("vCPUs must be 1 to {VCPUS_MAX}")))?;
+    Ok(Shape { mem_bytes: u64::from(mem_mib) << 20, vcpus, has_disk })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(line: &str, expect: Option<Shape>) {
+        let arguments = line.split_whitespace().map(String::from);
+        assert_eq!(parse(arguments).ok(), expect, "{line}");
+    }
+
+    #[test]
+    fn shapes_have_limits() {
+        let shape = Shape { mem_bytes: 128 << 20, vcpus: 2, has_disk: false };
+        check("--memory-mib 128 --vcpus 2", Some(shape));
+        check("--disk --vcpus 2 --memory-mib 128", Some(Shape { has_disk: true, ..shape }));
+        check("--memory-mib 16 --vcpus 2", None);
+        check("--memory-mib 128 --vcpus 65", None);
+        check("--memory-mib 128 --vcpus", None);
+        check("--memory-mib 128 --vcpus 1 --kernel x", None);
+    }
+}

@@ -1,0 +1,126 @@
+//! The I/O thread's loop: doorbells, the tap, commands from `noded`, and the one timer. The only
+//! place of this program with a clock.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
+
+use onde_wire::machine::{VIRTIO_NET, VmmCommand};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::fault::{Context, Fault, Part};
+use crate::machine::{Doorbell, Machine, Outcome};
+
+/// BOOT goes this long after RESUME: dropping a memory slot stops all vCPUs for milliseconds, and
+/// the guest's start is over by then on a fast machine.
+const BOOT_DELAY: Duration = Duration::from_secs(1);
+/// Events taken at once.
+const EVENTS_MAX: usize = 16;
+
+/// What each event's data says; doorbells follow from `DOORBELLS` on.
+const NODED: u64 = 0;
+const WAKE: u64 = 1;
+const TAP: u64 = 2;
+const DOORBELLS: u64 = 3;
+/// The network device's receive queue.
+const RX: usize = 0;
+
+/// The loop and what it listens to.
+pub struct Io<'a> {
+    machine: &'a Machine,
+    doorbells: &'a [Doorbell],
+    epoll: Epoll,
+    drop_boot_at: Option<Instant>,
+}
+
+impl<'a> Io<'a> {
+    /// Registers all descriptors.
+    pub fn new(machine: &'a Machine, doorbells: &'a [Doorbell]) -> Result<Self, Fault> {
+        let epoll = Epoll::new().fault(Part::Io, "create epoll")?;
+        let io = Self { machine, doorbells, epoll, drop_boot_at: None };
+        io.listen().fault(Part::Io, "register with epoll")?;
+        Ok(io)
+    }
+
+    fn listen(&self) -> io::Result<()> {
+        let add = |fd: RawFd, events, data| {
+            self.epoll.ctl(ControlOperation::Add, fd, EpollEvent::new(events, data))
+        };
+        add(self.machine.noded.as_raw_fd(), EventSet::IN, NODED)?;
+        add(self.machine.wake.as_raw_fd(), EventSet::IN, WAKE)?;
+        // Edges only: while the guest has no buffers, frames stay in the tap without waking us.
+        add(self.machine.tap(), EventSet::IN | EventSet::EDGE_TRIGGERED, TAP)?;
+        for (index, doorbell) in self.doorbells.iter().enumerate() {
+            add(doorbell.bell.as_raw_fd(), EventSet::IN, DOORBELLS + index as u64)?;
+        }
+        Ok(())
+    }
+
+    /// Runs until the machine ends.
+    pub fn run(&mut self) -> Outcome {
+        let mut events = [EpollEvent::default(); EVENTS_MAX];
+        loop {
+            let count = match self.epoll.wait(self.timeout_ms(), &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
+                Err(error) => return Outcome::Fault(io_fault("wait for events", error)),
+            };
+            for event in &events[..count] {
+                self.serve(event.data());
+            }
+            if let Some(outcome) = self.machine.take_outcome() {
+                return outcome;
+            }
+            if let Err(fault) = self.step_boot(Instant::now()) {
+                return Outcome::Fault(fault);
+            }
+        }
+    }
+
+    fn timeout_ms(&self) -> i32 {
+        match self.drop_boot_at {
+            None => -1,
+            // One more, so that the time has come when the wait is over.
+            Some(at) => at.saturating_duration_since(Instant::now()).as_millis() as i32 + 1,
+        }
+    }
+
+    fn serve(&self, data: u64) {
+        match data {
+            NODED => self.obey(),
+            WAKE => _ = self.machine.wake.read(),
+            TAP => self.machine.bus.virtio[VIRTIO_NET as usize].process(RX),
+            _ => {
+                let doorbell = &self.doorbells[(data - DOORBELLS) as usize];
+                // Before serving, so that a ring during it is not lost.
+                let _ = doorbell.bell.read();
+                self.machine.bus.virtio[doorbell.position].process(doorbell.queue);
+            }
+        }
+    }
+
+    fn obey(&self) {
+        match self.machine.noded.hear() {
+            Ok(Some(VmmCommand::PayDone(accepted))) => self.machine.noded.pay_done(accepted),
+            Ok(Some(VmmCommand::PowerButton)) => self.machine.press_power_button(),
+            Ok(None) => {}
+            Err(_) => self.machine.end(Outcome::Abandoned),
+        }
+    }
+
+    /// Drops BOOT when its time has come.
+    fn step_boot(&mut self, now: Instant) -> Result<(), Fault> {
+        if self.machine.take_boot_is_over() {
+            self.drop_boot_at = Some(now + BOOT_DELAY);
+        }
+        if self.drop_boot_at.is_some_and(|at| at <= now) {
+            self.drop_boot_at = None;
+            self.machine.drop_boot()?;
+        }
+        Ok(())
+    }
+}
+
+fn io_fault(act: &str, error: io::Error) -> Fault {
+    Fault::new(Part::Io, format!("{act}: {error}"))
+}

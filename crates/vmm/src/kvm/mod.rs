@@ -1,0 +1,128 @@
+//! KVM: the virtual machine, its memory slots, its interrupt lines and doorbells. `registers` and
+//! `cpuid` say what a vCPU starts with, `vcpu` runs one. With `memory` and `descriptors` the only
+//! module that may be unsafe.
+
+pub mod cpuid;
+pub mod registers;
+pub mod vcpu;
+
+use std::io;
+use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+
+use kvm_bindings::{
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_irqchip,
+    kvm_userspace_memory_region,
+};
+use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
+use onde_wire::machine::{BOOT_START, INFO_START};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::fault::{Context, Fault, Part};
+use crate::memory::View;
+
+/// Memory slots by number. Those of RAM come first, in address order; the windows for moving a
+/// VM will follow.
+const SLOT_RAM: u32 = 0;
+const SLOT_BOOT: u32 = 2;
+const SLOT_INFO: u32 = 3;
+
+/// Pages that Intel hosts without "unrestricted guest" need: below the local APICs, in the hole.
+const TSS_ADDRESS: usize = 0xFFFB_D000;
+const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
+
+/// A virtual machine.
+pub struct Vm {
+    fd: VmFd,
+    cpuid: CpuId,
+    /// The I/O APIC as it was before anything ran.
+    ioapic: kvm_irqchip,
+}
+
+impl Vm {
+    /// Builds a VM over `view` and the info page. All slots come before the interrupt
+    /// controllers: a change of slots costs milliseconds after them.
+    pub fn new(kvm: OwnedFd, view: &View, info: &MmapRegion) -> Result<Self, Fault> {
+        // SAFETY: `kvm` is an open descriptor that `Kvm` becomes the owner of; if it is not
+        // `/dev/kvm` the first call on it fails.
+        let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
+        let fd = kvm.create_vm().fault(Part::Kvm, "create a VM")?;
+        let cpuid = kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .fault(Part::Kvm, "ask for CPU features")?;
+        fd.set_tss_address(TSS_ADDRESS).fault(Part::Kvm, "set TSS address")?;
+        fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).fault(Part::Kvm, "set identity map")?;
+        let mut vm = Self { fd, cpuid, ioapic: kvm_irqchip::default() };
+        vm.set_slots(view, info).fault(Part::Kvm, "set memory slots")?;
+        vm.fd.create_irq_chip().fault(Part::Kvm, "create interrupt controllers")?;
+        vm.ioapic.chip_id = KVM_IRQCHIP_IOAPIC;
+        vm.fd.get_irqchip(&mut vm.ioapic).fault(Part::Kvm, "read the I/O APIC")?;
+        Ok(vm)
+    }
+
+    fn set_slots(&self, view: &View, info: &MmapRegion) -> io::Result<()> {
+        let mut ram = SLOT_RAM;
+        for region in view.iter() {
+            let start = region.start_addr().0;
+            let slot = if start == BOOT_START { SLOT_BOOT } else { ram };
+            ram += u32::from(slot != SLOT_BOOT);
+            self.set_slot(slot, start, region, 0)?;
+        }
+        assert!(ram <= SLOT_BOOT);
+        self.set_slot(SLOT_INFO, INFO_START, info, KVM_MEM_READONLY)
+    }
+
+    fn set_slot(&self, slot: u32, start: u64, mapping: &MmapRegion, flags: u32) -> io::Result<()> {
+        let region = kvm_userspace_memory_region {
+            slot,
+            flags,
+            guest_phys_addr: start,
+            memory_size: mapping.size() as u64,
+            userspace_addr: mapping.as_ptr() as u64,
+        };
+        // SAFETY: the mapping is live; `Machine` keeps every mapping that has a slot until the
+        // slot is gone (BOOT) or the process ends (all others).
+        unsafe { self.fd.set_user_memory_region(region) }.map_err(io::Error::from)
+    }
+
+    /// Takes the BOOT window away from the guest. Its mapping may go after this.
+    pub fn drop_boot(&self) -> Result<(), Fault> {
+        let region = kvm_userspace_memory_region { slot: SLOT_BOOT, ..Default::default() };
+        // SAFETY: a slot of size zero refers to no memory.
+        unsafe { self.fd.set_user_memory_region(region) }.fault(Part::Kvm, "drop BOOT")
+    }
+
+    /// An eventfd whose write is an edge on `gsi`.
+    pub fn interrupt_line(&self, gsi: u32) -> Result<EventFd, Fault> {
+        let line = eventfd()?;
+        self.fd.register_irqfd(&line, gsi).fault(Part::Kvm, "register an interrupt")?;
+        Ok(line)
+    }
+
+    /// An eventfd that counts the guest's 32-bit writes of `value` to `address`.
+    pub fn doorbell(&self, address: u64, value: u32) -> Result<EventFd, Fault> {
+        let bell = eventfd()?;
+        let address = IoEventAddress::Mmio(address);
+        self.fd.register_ioevent(&bell, &address, value).fault(Part::Kvm, "register a doorbell")?;
+        Ok(bell)
+    }
+
+    /// A vCPU with its CPU features set.
+    pub fn create_vcpu(&self, id: u32, count: u32) -> Result<VcpuFd, Fault> {
+        let vcpu = self.fd.create_vcpu(id.into()).fault(Part::Kvm, "create a vCPU")?;
+        let cpuid = cpuid::for_vcpu(&self.cpuid, id, count)?;
+        vcpu.set_cpuid2(&cpuid).fault(Part::Kvm, "set CPU features")?;
+        Ok(vcpu)
+    }
+
+    /// Puts the I/O APIC back to what it was before anything ran.
+    pub fn reset_ioapic(&self) -> io::Result<()> {
+        self.fd.set_irqchip(&self.ioapic).map_err(io::Error::from)
+    }
+}
+
+/// An eventfd that never blocks.
+pub fn eventfd() -> Result<EventFd, Fault> {
+    EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).fault(Part::Io, "create an eventfd")
+}

@@ -1,0 +1,175 @@
+//! One vCPU: runs it, answers its exits, and carries out what it asks of the control device.
+//! One thread each; the thread ends when the machine does.
+//!
+//! ```text
+//!            +--------------------- exit: serial, device, control -------+
+//!            v                                                           |
+//!   start -> KVM_RUN -- kick signal --> machine ended? -- no ------------+
+//!                                            | yes
+//!                                            v
+//!                                          return
+//! ```
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, RESULT_REFUSED, RESULT_UNREADABLE};
+use onde_wire::machine::{COLD_SIZE, ColdStart, VmmEvent};
+use onde_wire::token::PaymentToken;
+use vm_memory::{Bytes, GuestAddress};
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::signal::{SIGRTMIN, block_signal, clear_signal};
+
+use super::registers::ResetState;
+use crate::control::Request;
+use crate::fault::{Context, Fault, Part};
+use crate::machine::{Machine, Outcome};
+use crate::sandbox;
+
+/// The vCPU that starts; the others wait for INIT and SIPI.
+const FIRST: u32 = 0;
+
+/// `KVM_SET_SIGNAL_MASK` of linux/kvm.h: the signals blocked while the guest runs.
+const KVM_SET_SIGNAL_MASK: u64 = 0x4004_AE8B;
+
+/// The signal that gets a thread out of KVM_RUN. It is blocked at all other times, so one that
+/// comes early stays pending and ends the next KVM_RUN at once; no handler ever runs.
+pub fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// A vCPU and what it needs to be reset.
+pub struct Vcpu {
+    fd: VcpuFd,
+    id: u32,
+    reset: ResetState,
+}
+
+impl Vcpu {
+    /// Takes over a vCPU that was just created and sets what each starts with.
+    pub fn new(fd: VcpuFd, id: u32) -> Result<Self, Fault> {
+        let reset = ResetState::of(&fd)?;
+        reset.set_msrs(&fd)?;
+        Ok(Self { fd, id, reset })
+    }
+
+    /// Puts the first vCPU at mstrap's entry point.
+    pub fn enter_mstrap(&self, entry: u64) -> Result<(), Fault> {
+        self.reset.set_mstrap(&self.fd, entry)
+    }
+
+    /// Frequency of the guest's time stamp counter, kHz.
+    pub fn tsc_khz(&self) -> Result<u32, Fault> {
+        self.fd.get_tsc_khz().fault(Part::Kvm, "ask for the TSC frequency")
+    }
+
+    /// The thread's body: runs until the machine ends, then returns.
+    pub fn run(mut self, machine: Arc<Machine>) {
+        let prepared = self.set_signal_mask().and_then(|()| sandbox::enter_vcpu());
+        if let Err(fault) = prepared {
+            return machine.end(Outcome::Fault(fault));
+        }
+        while !machine.has_ended() {
+            let request = match self.exit(&machine) {
+                Ok(request) => request,
+                Err(outcome) => return machine.end(outcome),
+            };
+            if let Some(request) = request {
+                self.carry_out(request, &machine);
+            }
+        }
+    }
+
+    /// Blocks the kick signal in this thread, except inside KVM_RUN.
+    fn set_signal_mask(&self) -> Result<(), Fault> {
+        block_signal(kick_signal()).fault(Part::Vcpu, "block the kick signal")?;
+        /// `struct kvm_signal_mask` with room for the kernel's 64 signals.
+        #[repr(C, packed)]
+        struct Mask {
+            len: u32,
+            signals: u64,
+        }
+        let all_but_kick = !(1u64 << (kick_signal() - 1));
+        let mask = Mask { len: 8, signals: all_but_kick };
+        // SAFETY: KVM reads `len` and that many bytes behind it, all inside `mask`.
+        match unsafe { ioctl_with_ref(&self.fd, KVM_SET_SIGNAL_MASK, &mask) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()).fault(Part::Vcpu, "set KVM's signal mask"),
+        }
+    }
+
+    /// Runs the guest up to its next exit and answers it.
+    fn exit(&mut self, machine: &Machine) -> Result<Option<Request>, Outcome> {
+        match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => machine.bus.port_write(port, data),
+            Ok(VcpuExit::IoIn(port, data)) => machine.bus.port_read(port, data),
+            Ok(VcpuExit::MmioRead(address, data)) => machine.bus.read(address, data),
+            Ok(VcpuExit::MmioWrite(address, data)) => return Ok(machine.bus.write(address, data)),
+            // Triple fault, or the guest asked for a reset by a way of its own.
+            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Err(Outcome::Reset),
+            Ok(VcpuExit::Intr) => {}
+            Ok(other) => {
+                let text = format!("vCPU {} stopped: {other:?}", self.id);
+                return Err(Outcome::Fault(Fault::new(Part::Vcpu, text)));
+            }
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
+                // Nothing pending is the usual case; the loop looks at what the kick was for.
+                let _ = clear_signal(kick_signal());
+            }
+            Err(error) => {
+                let text = format!("run vCPU {}: {error}", self.id);
+                return Err(Outcome::Fault(Fault::new(Part::Vcpu, text)));
+            }
+        }
+        Ok(None)
+    }
+
+    fn carry_out(&mut self, request: Request, machine: &Machine) {
+        let result = match request {
+            Request::Resume(address) => self.resume(address, machine),
+            Request::Pay(index, value) => pay(PaymentToken { index, value }, machine),
+            Request::Idle(timeout_ms) => {
+                machine.arrivals.wait(Duration::from_millis(timeout_ms.into()));
+                RESULT_OK
+            }
+            Request::PowerOff => return machine.end(Outcome::PowerOff),
+            Request::Reset => return machine.end(Outcome::Reset),
+        };
+        machine.bus.control().finish(result);
+    }
+
+    /// RESUME: from here on the machine is the guest's.
+    fn resume(&mut self, address: u64, machine: &Machine) -> u32 {
+        let mut state = [0; COLD_SIZE];
+        let Some(view) = machine.boot_view().filter(|_| self.id == FIRST) else {
+            return RESULT_INVALID;
+        };
+        if view.read_slice(&mut state, GuestAddress(address)).is_err() {
+            return RESULT_INVALID;
+        }
+        let Some(start) = ColdStart::parse(&state) else { return RESULT_UNREADABLE };
+        if let Err(fault) = self.start_cold(&start, machine) {
+            machine.end(Outcome::Fault(fault));
+        }
+        RESULT_OK
+    }
+
+    fn start_cold(&mut self, start: &ColdStart, machine: &Machine) -> Result<(), Fault> {
+        // KVM finishes the write to RESUME in the next KVM_RUN: before the registers are set, or
+        // it would move the new instruction pointer.
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+        machine.hand_over()?;
+        self.reset.set_cold(&self.fd, start)?;
+        machine.noded.tell(VmmEvent::Resumed);
+        machine.drop_boot_soon();
+        Ok(())
+    }
+}
+
+fn pay(token: PaymentToken, machine: &Machine) -> u32 {
+    if machine.noded.pay(token) { RESULT_OK } else { RESULT_REFUSED }
+}

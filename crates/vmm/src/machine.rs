@@ -1,0 +1,283 @@
+//! The machine: built once from the descriptors and the shape that `noded` gives, then shared by
+//! the vCPU threads and the I/O thread. Knows the order in which things are built, handed over and
+//! ended; the parts do the work.
+//!
+//! ```text
+//!   new -> mstrap runs -> RESUME (hand_over) -> guest runs -> BOOT dropped -> end(outcome)
+//! ```
+
+use std::fs::File;
+use std::io::Read;
+use std::os::fd::{AsRawFd, RawFd};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use onde_wire::machine::{
+    ACPI_START, GED_GSI, INFO_SIZE, INFO_TSC_KHZ, Identity, SERIAL_GSI, VIRTIO_GSI, VIRTIO_START,
+    VIRTIO_STRIDE,
+};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{Bytes, GuestAddress, VolatileMemory};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{Bus, SerialLine};
+use crate::console::Console;
+use crate::descriptors::{Descriptors, Tap};
+use crate::fault::{Context, Fault, Part};
+use crate::kvm::vcpu::Vcpu;
+use crate::kvm::{Vm, eventfd};
+use crate::memory::{Memory, View, map_console, map_info};
+use crate::noded::Noded;
+use crate::virtio::blk::Blk;
+use crate::virtio::mmio::{QUEUE_NOTIFY, Slot};
+use crate::virtio::net::{Arrivals, Net};
+use crate::virtio::rng::Rng;
+use crate::virtio::{Device, Interrupt};
+use crate::{acpi, mstrap};
+
+/// The shape of a machine, from the command line.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Bytes of RAM.
+    pub mem_bytes: u64,
+    /// Number of vCPUs.
+    pub vcpus: u32,
+    /// Whether there is a disk.
+    pub has_disk: bool,
+}
+
+/// How a machine ended.
+#[derive(Debug)]
+pub enum Outcome {
+    /// The guest powered itself off.
+    PowerOff,
+    /// The guest reset itself, or a vCPU met a triple fault.
+    Reset,
+    /// `noded` closed its socket: nobody pays for this machine any more.
+    Abandoned,
+    /// The VMM cannot go on.
+    Fault(Fault),
+}
+
+/// A doorbell that the I/O thread listens to, and the queue it is for.
+pub struct Doorbell {
+    /// Position of the device.
+    pub position: usize,
+    /// Number of its queue.
+    pub queue: usize,
+    /// Counts the guest's writes.
+    pub bell: EventFd,
+}
+
+/// What all threads of the process share.
+pub struct Machine {
+    /// Devices.
+    pub bus: Bus,
+    /// The line to `noded`.
+    pub noded: Noded,
+    /// News from the network for a vCPU in IDLE.
+    pub arrivals: Arc<Arrivals>,
+    /// Wakes the I/O thread: the machine ended or BOOT can go soon.
+    pub wake: EventFd,
+    vm: Vm,
+    vcpus: u32,
+    memory: Mutex<Memory>,
+    // Never read after start: a slot refers to it as long as the VM lives.
+    _info: MmapRegion,
+    tap: RawFd,
+    power_line: EventFd,
+    handed_over: AtomicBool,
+    boot_is_over: AtomicBool,
+    ended: AtomicBool,
+    outcome: Mutex<Option<Outcome>>,
+}
+
+/// A machine that is ready to run.
+pub struct Built {
+    /// The machine.
+    pub machine: Arc<Machine>,
+    /// Its vCPUs, the first at mstrap's entry point.
+    pub vcpus: Vec<Vcpu>,
+    /// What the I/O thread listens to.
+    pub doorbells: Vec<Doorbell>,
+}
+
+/// Builds a machine; mstrap is in place and its first vCPU about to run.
+pub fn build(shape: Shape, given: Descriptors) -> Result<Built, Fault> {
+    let info = map_info(given.info)?;
+    let identity = read_identity(&info)?;
+    let memory = Memory::new(shape.mem_bytes)?;
+    let view = memory.ram_and_boot.clone();
+    let vm = Vm::new(given.kvm, &view, &info)?;
+    let vcpus = create_vcpus(&vm, shape.vcpus)?;
+    vcpus[0].enter_mstrap(load_mstrap(given.mstrap, &view, shape.mem_bytes)?)?;
+    write_tsc_khz(&info, vcpus[0].tsc_khz()?)?;
+
+    let arrivals = Arc::new(Arrivals::default());
+    let tap = given.tap.file().as_raw_fd();
+    let devices = devices(given.tap, given.disk, &identity, &arrivals)?;
+    let mut doorbells = Vec::new();
+    let mut slots = Vec::new();
+    for (position, device) in devices.into_iter().enumerate() {
+        slots.push(plug(&vm, &view, position, device, &mut doorbells)?);
+    }
+    let line = SerialLine(vm.interrupt_line(SERIAL_GSI)?);
+    let machine = Machine {
+        bus: Bus::new(line, Console::new(map_console(given.console)?), slots),
+        noded: Noded::new(given.control),
+        arrivals,
+        wake: eventfd()?,
+        power_line: vm.interrupt_line(GED_GSI)?,
+        vm,
+        vcpus: shape.vcpus,
+        memory: Mutex::new(memory),
+        _info: info,
+        tap,
+        handed_over: AtomicBool::new(false),
+        boot_is_over: AtomicBool::new(false),
+        ended: AtomicBool::new(false),
+        outcome: Mutex::new(None),
+    };
+    Ok(Built { machine: Arc::new(machine), vcpus, doorbells })
+}
+
+fn read_identity(info: &MmapRegion) -> Result<Identity, Fault> {
+    let mut page = [0; INFO_SIZE];
+    info.as_volatile_slice().read_slice(&mut page, 0).fault(Part::Descriptors, "read info page")?;
+    Identity::parse(&page)
+        .ok_or_else(|| Fault::new(Part::Descriptors, "the info page has no identity"))
+}
+
+fn write_tsc_khz(info: &MmapRegion, tsc_khz: u32) -> Result<(), Fault> {
+    info.as_volatile_slice()
+        .write_slice(&tsc_khz.to_le_bytes(), INFO_TSC_KHZ)
+        .fault(Part::Memory, "write info page")
+}
+
+fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<Vcpu>, Fault> {
+    (0..count).map(|id| Vcpu::new(vm.create_vcpu(id, count)?, id)).collect()
+}
+
+/// Reads the image, puts it into BOOT and returns its entry point.
+fn load_mstrap(file: File, view: &View, mem_bytes: u64) -> Result<u64, Fault> {
+    let mut image = Vec::new();
+    file.take(mstrap::IMAGE_SIZE_MAX)
+        .read_to_end(&mut image)
+        .fault(Part::Mstrap, "read the mstrap image")?;
+    mstrap::write_tables(view, mem_bytes)?;
+    mstrap::load(&image, view)
+}
+
+/// The virtio devices in the order of their positions (`wire::machine::VIRTIO_*`).
+fn devices(
+    tap: Tap,
+    disk: Option<File>,
+    identity: &Identity,
+    arrivals: &Arc<Arrivals>,
+) -> Result<Vec<Box<dyn Device>>, Fault> {
+    let net = Net::new(tap, identity.boot_mac, identity.mac, arrivals.clone());
+    let mut devices: Vec<Box<dyn Device>> = vec![Box::new(net), Box::new(Rng)];
+    if let Some(file) = disk {
+        devices.push(Box::new(Blk::new(file).fault(Part::Descriptors, "read the disk's size")?));
+    }
+    Ok(devices)
+}
+
+/// Gives a device its place in the address space, its interrupt and its doorbells.
+fn plug(
+    vm: &Vm,
+    view: &Arc<View>,
+    position: usize,
+    device: Box<dyn Device>,
+    doorbells: &mut Vec<Doorbell>,
+) -> Result<Slot, Fault> {
+    let line = vm.interrupt_line(VIRTIO_GSI + position as u32)?;
+    let address = VIRTIO_START + position as u64 * VIRTIO_STRIDE + QUEUE_NOTIFY;
+    let mut kicks = Vec::new();
+    for queue in 0..device.queue_sizes().len() {
+        let bell = vm.doorbell(address, queue as u32)?;
+        kicks.push(bell.try_clone().fault(Part::Io, "clone a doorbell")?);
+        doorbells.push(Doorbell { position, queue, bell });
+    }
+    Ok(Slot::new(device, Arc::new(Interrupt::new(line)), kicks, view.clone()))
+}
+
+impl Machine {
+    fn memory(&self) -> MutexGuard<'_, Memory> {
+        self.memory.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The tap, to poll; the network device reads it.
+    pub fn tap(&self) -> RawFd {
+        self.tap
+    }
+
+    /// RAM and BOOT, as long as the machine is not handed over.
+    pub fn boot_view(&self) -> Option<Arc<View>> {
+        let handed_over = self.handed_over.load(Ordering::SeqCst);
+        (!handed_over).then(|| self.memory().ram_and_boot.clone())
+    }
+
+    /// RESUME of a cold machine: devices and interrupt controllers as after power-on, none of
+    /// them able to reach BOOT, and ACPI tables in RAM. Called once, by the first vCPU.
+    pub fn hand_over(&self) -> Result<(), Fault> {
+        self.handed_over.store(true, Ordering::SeqCst);
+        let ram = self.memory().ram.clone();
+        for slot in &self.bus.virtio {
+            slot.hand_over(ram.clone());
+        }
+        self.bus.reset_serial();
+        self.vm.reset_ioapic().fault(Part::Kvm, "reset the I/O APIC")?;
+        let tables = acpi::tables(self.vcpus, self.bus.virtio.len() as u64);
+        ram.write_slice(&tables, GuestAddress(ACPI_START)).fault(Part::Memory, "write ACPI tables")
+    }
+
+    /// The guest runs: asks the I/O thread to drop BOOT when it no longer delays the start.
+    pub fn drop_boot_soon(&self) {
+        self.boot_is_over.store(true, Ordering::SeqCst);
+        self.wake_io();
+    }
+
+    /// Whether [`Self::drop_boot_soon`] was called since the last time.
+    pub fn take_boot_is_over(&self) -> bool {
+        self.boot_is_over.swap(false, Ordering::SeqCst)
+    }
+
+    /// Takes BOOT from the guest and gives its memory back. After [`Self::hand_over`] only.
+    pub fn drop_boot(&self) -> Result<(), Fault> {
+        self.vm.drop_boot()?;
+        self.memory().drop_boot();
+        Ok(())
+    }
+
+    /// Presses the power button.
+    pub fn press_power_button(&self) {
+        self.bus.control().press_power_button();
+        let _ = self.power_line.write(1);
+    }
+
+    /// Ends the machine; the first outcome counts. Threads return as soon as they notice.
+    pub fn end(&self, outcome: Outcome) {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(outcome);
+        self.ended.store(true, Ordering::SeqCst);
+        // vCPUs that wait for something wait no longer.
+        self.arrivals.announce();
+        self.noded.pay_done(false);
+        self.wake_io();
+    }
+
+    /// Whether the machine ended.
+    pub fn has_ended(&self) -> bool {
+        self.ended.load(Ordering::SeqCst)
+    }
+
+    /// How the machine ended, once.
+    pub fn take_outcome(&self) -> Option<Outcome> {
+        self.outcome.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    fn wake_io(&self) {
+        // Fails only where the counter would overflow: the I/O thread wakes up then, too.
+        let _ = self.wake.write(1);
+    }
+}

@@ -1,0 +1,142 @@
+//! Guest memory as the host sees it: where each window lies, and the mappings behind it.
+//! Built once at start; afterwards only BOOT goes away. Never touches KVM: `kvm` reads the
+//! list of regions from here and makes slots of them.
+
+use std::fs::File;
+use std::sync::Arc;
+
+use onde_wire::machine::{
+    BOOT_SIZE, BOOT_START, CONSOLE_RING_SIZE, PAGE_SIZE, RAM_HIGH_START, RAM_LOW_END,
+};
+use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+
+use crate::fault::{Context, Fault, Part};
+
+/// Guest-physical memory that a device or the VMM may touch, bounds checked at every access.
+pub type View = GuestMemoryMmap<()>;
+
+/// Huge pages of the host are this big; RAM that lies congruent to it is backed by them, which
+/// saves 511 of 512 page faults.
+const HUGE_PAGE: u64 = 2 << 20;
+
+/// All mappings of one VM.
+pub struct Memory {
+    /// RAM only: what devices see once the guest runs.
+    pub ram: Arc<View>,
+    /// RAM and BOOT: what devices see until RESUME.
+    pub ram_and_boot: Arc<View>,
+}
+
+/// Start and size of each piece of RAM for a VM of `mem_bytes`.
+pub fn ram_ranges(mem_bytes: u64) -> Vec<(u64, u64)> {
+    let low = mem_bytes.min(RAM_LOW_END);
+    let mut ranges = vec![(0, low)];
+    if mem_bytes > low {
+        ranges.push((RAM_HIGH_START, mem_bytes - low));
+    }
+    ranges
+}
+
+impl Memory {
+    /// Reserves address space for RAM and BOOT; pages come as the guest touches them.
+    pub fn new(mem_bytes: u64) -> Result<Self, Fault> {
+        let mut regions = Vec::new();
+        for (start, size) in ram_ranges(mem_bytes) {
+            regions.push(Arc::new(ram_region(start, size)?));
+        }
+        let boot = anonymous(BOOT_SIZE)?;
+        let boot = GuestRegionMmap::new(boot, GuestAddress(BOOT_START))
+            .ok_or_else(|| Fault::new(Part::Memory, "BOOT window overflows"))?;
+        let ram = View::from_arc_regions(regions).fault(Part::Memory, "collect RAM")?;
+        let with_boot =
+            ram.insert_region(Arc::new(boot)).fault(Part::Memory, "collect RAM and BOOT")?;
+        Ok(Self { ram: Arc::new(ram), ram_and_boot: Arc::new(with_boot) })
+    }
+
+    /// Forgets BOOT; its pages go back to the host when the last device has done the same.
+    pub fn drop_boot(&mut self) {
+        self.ram_and_boot = self.ram.clone();
+    }
+}
+
+/// A private mapping without swap reservation: the VM's cgroup is the limit, not overcommit.
+fn anonymous(size: u64) -> Result<MmapRegion, Fault> {
+    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    MmapRegionBuilder::new(size as usize)
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .with_mmap_flags(flags)
+        .build()
+        .fault(Part::Memory, "map guest memory")
+}
+
+/// RAM from `start` on, its host address congruent to the guest's modulo [`HUGE_PAGE`].
+fn ram_region(start: u64, size: u64) -> Result<GuestRegionMmap, Fault> {
+    // Linux 6.1 does not align large anonymous mappings by itself: reserve one huge page more
+    // and begin at the first boundary.
+    let reserve = anonymous(size + HUGE_PAGE)?;
+    let base = reserve.as_ptr();
+    let skip = (base as u64).next_multiple_of(HUGE_PAGE) - base as u64;
+    // RAM lives as long as the process: the reservation is never unmapped.
+    std::mem::forget(reserve);
+    let host = base.wrapping_add(skip as usize);
+    let advice = rustix::mm::Advice::LinuxHugepage;
+    // SAFETY: `host..host + size` lies inside the reservation made above, which nothing else
+    // refers to; the advice does not change contents. A kernel without huge pages refuses it,
+    // which costs speed only.
+    let _ = unsafe { rustix::mm::madvise(host.cast(), size as usize, advice) };
+    // SAFETY: the same range, mapped readable and writable for the rest of the process's life.
+    let mapping = unsafe { MmapRegionBuilder::new(size as usize).with_raw_mmap_pointer(host) }
+        .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+        .build()
+        .fault(Part::Memory, "wrap RAM")?;
+    GuestRegionMmap::new(mapping, GuestAddress(start))
+        .ok_or_else(|| Fault::new(Part::Memory, "RAM overflows"))
+}
+
+/// The info page, shared with `noded`.
+pub fn map_info(file: File) -> Result<MmapRegion, Fault> {
+    map_shared(file, PAGE_SIZE, "info page")
+}
+
+/// The console ring, shared with `noded`.
+pub fn map_console(file: File) -> Result<MmapRegion, Fault> {
+    map_shared(file, PAGE_SIZE + CONSOLE_RING_SIZE, "console ring")
+}
+
+fn map_shared(file: File, size: u64, name: &str) -> Result<MmapRegion, Fault> {
+    // A mapping beyond the end of its file kills on access: refuse it here.
+    let length = file.metadata().fault(Part::Descriptors, name)?.len();
+    if length < size {
+        let text = format!("{name}: memory file has {length} bytes, {size} needed");
+        return Err(Fault::new(Part::Descriptors, text));
+    }
+    MmapRegion::from_file(FileOffset::new(file, 0), size as usize).fault(Part::Memory, name)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+
+    #[test]
+    fn ram_has_its_hole() {
+        let gib = 1 << 30;
+        assert_eq!(ram_ranges(gib), [(0, gib)]);
+        assert_eq!(ram_ranges(3 * gib), [(0, 3 * gib)]);
+        assert_eq!(ram_ranges(5 * gib), [(0, 3 * gib), (4 * gib, 2 * gib)]);
+    }
+
+    #[test]
+    fn ram_is_aligned_and_boot_goes_away() {
+        let mut memory = Memory::new(64 << 20).unwrap();
+        let host = memory.ram.iter().next().unwrap().as_ptr() as u64;
+        assert_eq!(host % HUGE_PAGE, 0);
+        let boot = GuestAddress(BOOT_START + BOOT_SIZE - 1);
+        assert!(memory.ram_and_boot.write_obj(1u8, boot).is_ok());
+        assert!(memory.ram.write_obj(1u8, boot).is_err());
+        memory.drop_boot();
+        assert!(memory.ram_and_boot.write_obj(1u8, boot).is_err());
+        assert_eq!(memory.ram.iter().map(|r| r.len()).sum::<u64>(), 64 << 20);
+    }
+}

@@ -1,0 +1,100 @@
+//! The line to `noded`: events out, commands in, and the one exchange that a vCPU waits for, a
+//! payment. The only socket that this process has.
+
+use std::io;
+use std::os::fd::{AsRawFd, RawFd};
+use std::os::unix::net::UnixDatagram;
+use std::sync::{Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use onde_wire::machine::{MESSAGE_SIZE, VmmCommand, VmmEvent};
+use onde_wire::token::PaymentToken;
+
+/// How long a payment may take before the guest is told that it was refused: `noded` walks at
+/// most a bounded hash chain for it.
+const PAY_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// The control socket and the payment under way.
+pub struct Noded {
+    // A SEQPACKET socket: `send` and `recv` of the datagram type are what it needs.
+    socket: UnixDatagram,
+    /// Held through a payment: vCPUs that pay at the same time take turns.
+    turn: Mutex<()>,
+    answer: Mutex<Option<bool>>,
+    answered: Condvar,
+}
+
+impl Noded {
+    /// Takes over the control socket.
+    pub fn new(socket: UnixDatagram) -> Self {
+        Self { socket, turn: Mutex::new(()), answer: Mutex::new(None), answered: Condvar::new() }
+    }
+
+    /// Sends an event. If `noded` is gone, so is the machine: the I/O thread sees that.
+    pub fn tell(&self, event: VmmEvent) {
+        let _ = self.socket.send(&event.emit());
+    }
+
+    /// Next command; `None` for one that makes no sense.
+    ///
+    /// # Errors
+    /// `noded` closed the socket, or it failed.
+    pub fn hear(&self) -> io::Result<Option<VmmCommand>> {
+        let mut message = [0; MESSAGE_SIZE];
+        match self.socket.recv(&mut message)? {
+            0 => Err(io::ErrorKind::UnexpectedEof.into()),
+            size => Ok(VmmCommand::parse(&message[..size])),
+        }
+    }
+
+    /// Hands in a payment token and waits for the answer: whether it was accepted.
+    pub fn pay(&self, token: PaymentToken) -> bool {
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        // An answer that came after an earlier timeout is not for this token.
+        *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        self.tell(VmmEvent::Pay(token));
+        let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut answer, _) = self
+            .answered
+            .wait_timeout_while(answer, PAY_TIMEOUT, |answer| answer.is_none())
+            .unwrap_or_else(PoisonError::into_inner);
+        answer.take().unwrap_or(false)
+    }
+
+    /// The answer came, or there will be none.
+    pub fn pay_done(&self, accepted: bool) {
+        *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(accepted);
+        self.answered.notify_all();
+    }
+}
+
+impl AsRawFd for Noded {
+    fn as_raw_fd(&self) -> RawFd {
+        self.socket.as_raw_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn a_payment_waits_for_its_answer() {
+        for accepted in [true, false] {
+            let (ours, theirs) = UnixDatagram::pair().unwrap();
+            let noded = Noded::new(ours);
+            let token = PaymentToken { index: 3, value: [7; 32] };
+            thread::scope(|scope| {
+                let payment = scope.spawn(|| noded.pay(token));
+                let mut event = [0; MESSAGE_SIZE];
+                theirs.recv(&mut event).unwrap();
+                assert_eq!(VmmEvent::parse(&event), Some(VmmEvent::Pay(token)));
+                theirs.send(&VmmCommand::PayDone(accepted).emit()).unwrap();
+                assert_eq!(noded.hear().unwrap(), Some(VmmCommand::PayDone(accepted)));
+                noded.pay_done(accepted);
+                assert_eq!(payment.join().unwrap(), accepted);
+            });
+        }
+    }
+}

@@ -1,0 +1,422 @@
+//! Virtio over MMIO, version 2 (virtio 1.2, 4.2): the registers of one device and the life of its
+//! driver. Called by vCPU threads for register accesses and by the I/O thread for the rings.
+//!
+//! ```text
+//!   reset -> ACKNOWLEDGE -> DRIVER -> FEATURES_OK -> DRIVER_OK -> (NEEDS_RESET)
+//!     ^                                                               |
+//!     +-------------------- guest writes 0 to STATUS -----------------+
+//! ```
+
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use virtio_queue::{Queue, QueueT};
+use vmm_sys_util::eventfd::EventFd;
+
+use super::ring::Served;
+use super::{Device, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Interrupt};
+use crate::memory::View;
+
+/// Register offsets.
+mod reg {
+    pub const MAGIC: u64 = 0x00;
+    pub const VERSION: u64 = 0x04;
+    pub const DEVICE_ID: u64 = 0x08;
+    pub const VENDOR_ID: u64 = 0x0C;
+    pub const DEVICE_FEATURES: u64 = 0x10;
+    pub const DEVICE_FEATURES_SEL: u64 = 0x14;
+    pub const DRIVER_FEATURES: u64 = 0x20;
+    pub const DRIVER_FEATURES_SEL: u64 = 0x24;
+    pub const QUEUE_SEL: u64 = 0x30;
+    pub const QUEUE_NUM_MAX: u64 = 0x34;
+    pub const QUEUE_NUM: u64 = 0x38;
+    pub const QUEUE_READY: u64 = 0x44;
+    pub const INTERRUPT_STATUS: u64 = 0x60;
+    pub const INTERRUPT_ACK: u64 = 0x64;
+    pub const STATUS: u64 = 0x70;
+    pub const QUEUE_DESC_LOW: u64 = 0x80;
+    pub const QUEUE_DESC_HIGH: u64 = 0x84;
+    pub const QUEUE_DRIVER_LOW: u64 = 0x90;
+    pub const QUEUE_DRIVER_HIGH: u64 = 0x94;
+    pub const QUEUE_DEVICE_LOW: u64 = 0xA0;
+    pub const QUEUE_DEVICE_HIGH: u64 = 0xA4;
+    pub const CONFIG: u64 = 0x100;
+}
+/// Where the guest writes a queue's number to have it served; KVM turns it into an eventfd.
+pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// "virt".
+const MAGIC: u32 = 0x7472_6976;
+/// "ONDE".
+const VENDOR: u32 = u32::from_le_bytes(*b"ONDE");
+
+/// Bits of STATUS.
+mod status {
+    pub const FEATURES_OK: u32 = 8;
+    pub const DRIVER_OK: u32 = 4;
+    pub const NEEDS_RESET: u32 = 0x40;
+}
+
+/// A device with its transport: what the bus and the I/O thread hold.
+pub struct Slot {
+    interrupt: Arc<Interrupt>,
+    transport: Mutex<Transport>,
+}
+
+impl Slot {
+    /// A device after power-on. `kicks` has an eventfd for each queue, `view` is what it may
+    /// touch of guest memory.
+    pub fn new(
+        device: Box<dyn Device>,
+        interrupt: Arc<Interrupt>,
+        kicks: Vec<EventFd>,
+        view: Arc<View>,
+    ) -> Self {
+        let transport = Transport::new(device, interrupt.clone(), kicks, view);
+        Self { interrupt, transport: Mutex::new(transport) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Transport> {
+        // A thread that panics ends the process, so a poisoned lock is never met.
+        self.transport.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Reads a register.
+    pub fn read(&self, offset: u64, data: &mut [u8]) {
+        match (offset, data.len()) {
+            (reg::INTERRUPT_STATUS, 4) => {
+                data.copy_from_slice(&self.interrupt.status().to_le_bytes());
+            }
+            _ => self.lock().read(offset, data),
+        }
+    }
+
+    /// Writes a register.
+    pub fn write(&self, offset: u64, data: &[u8]) {
+        let Ok(bytes) = data.try_into() else { return };
+        let value = u32::from_le_bytes(bytes);
+        match offset {
+            reg::INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            _ => self.lock().write(offset, value),
+        }
+    }
+
+    /// Serves queue `index`: the guest rang, or its host side has something.
+    pub fn process(&self, index: usize) {
+        self.lock().process(index);
+    }
+
+    /// RESUME: resets the device and hands it to the guest, with RAM as all it may touch.
+    pub fn hand_over(&self, ram: Arc<View>) {
+        let mut transport = self.lock();
+        transport.reset();
+        transport.view = ram;
+        transport.device.hand_over();
+    }
+}
+
+struct Transport {
+    device: Box<dyn Device>,
+    interrupt: Arc<Interrupt>,
+    kicks: Vec<EventFd>,
+    view: Arc<View>,
+    queues: Vec<Queue>,
+    queue_select: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    status: u32,
+}
+
+impl Transport {
+    fn new(
+        device: Box<dyn Device>,
+        interrupt: Arc<Interrupt>,
+        kicks: Vec<EventFd>,
+        view: Arc<View>,
+    ) -> Self {
+        let sizes = device.queue_sizes();
+        assert_eq!(sizes.len(), kicks.len());
+        let queue = |&size| Queue::new(size).expect("queue sizes are powers of two");
+        Self {
+            queues: sizes.iter().map(queue).collect(),
+            device,
+            interrupt,
+            kicks,
+            view,
+            queue_select: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            status: 0,
+        }
+    }
+
+    fn offered(&self) -> u64 {
+        self.device.features() | FEATURE_VERSION_1 | FEATURE_INDIRECT | FEATURE_EVENT_IDX
+    }
+
+    fn selected(&self) -> Option<&Queue> {
+        self.queues.get(self.queue_select as usize)
+    }
+
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        if offset >= reg::CONFIG {
+            return self.read_config((offset - reg::CONFIG) as usize, data);
+        }
+        let Ok(word) = <&mut [u8; 4]>::try_from(data) else { return };
+        let value = match offset {
+            reg::MAGIC => MAGIC,
+            reg::VERSION => 2,
+            reg::DEVICE_ID => self.device.id(),
+            reg::VENDOR_ID => VENDOR,
+            reg::DEVICE_FEATURES => half(self.offered(), self.device_features_select),
+            reg::QUEUE_NUM_MAX => self.selected().map_or(0, |queue| queue.max_size().into()),
+            reg::QUEUE_READY => self.selected().map_or(0, |queue| queue.ready().into()),
+            reg::STATUS => self.status,
+            // The configuration generation too: it changes only at RESUME, with a reset.
+            _ => 0,
+        };
+        *word = value.to_le_bytes();
+    }
+
+    fn read_config(&self, at: usize, data: &mut [u8]) {
+        let config = self.device.config();
+        for (index, byte) in data.iter_mut().enumerate() {
+            *byte = config.get(at + index).copied().unwrap_or(0);
+        }
+    }
+
+    fn write(&mut self, offset: u64, value: u32) {
+        match offset {
+            reg::DEVICE_FEATURES_SEL => self.device_features_select = value,
+            reg::DRIVER_FEATURES_SEL => self.driver_features_select = value,
+            reg::DRIVER_FEATURES => self.set_driver_features(value),
+            reg::QUEUE_SEL => self.queue_select = value,
+            reg::STATUS => self.set_status(value),
+            QUEUE_NOTIFY => self.process(value as usize),
+            _ => self.write_queue(offset, value),
+        }
+    }
+
+    fn set_driver_features(&mut self, value: u32) {
+        if self.status & status::FEATURES_OK != 0 {
+            return;
+        }
+        match self.driver_features_select {
+            0 => self.driver_features = self.driver_features >> 32 << 32 | u64::from(value),
+            1 => {
+                let low = self.driver_features & u64::from(u32::MAX);
+                self.driver_features = low | u64::from(value) << 32;
+            }
+            _ => {}
+        }
+    }
+
+    fn write_queue(&mut self, offset: u64, value: u32) {
+        // A live ring does not move under the I/O thread.
+        let live = self.status & status::DRIVER_OK != 0;
+        let Some(queue) = self.queues.get_mut(self.queue_select as usize) else { return };
+        if live && queue.ready() && offset != reg::QUEUE_READY {
+            return;
+        }
+        match offset {
+            // Values that are no queue size are ignored by `set_size`.
+            reg::QUEUE_NUM => queue.set_size(u16::try_from(value).unwrap_or(0)),
+            reg::QUEUE_READY => {
+                queue.set_event_idx(self.driver_features & FEATURE_EVENT_IDX != 0);
+                queue.set_ready(value == 1);
+                if !queue.is_valid(&*self.view) {
+                    queue.set_ready(false);
+                }
+            }
+            reg::QUEUE_DESC_LOW => queue.set_desc_table_address(Some(value), None),
+            reg::QUEUE_DESC_HIGH => queue.set_desc_table_address(None, Some(value)),
+            reg::QUEUE_DRIVER_LOW => queue.set_avail_ring_address(Some(value), None),
+            reg::QUEUE_DRIVER_HIGH => queue.set_avail_ring_address(None, Some(value)),
+            reg::QUEUE_DEVICE_LOW => queue.set_used_ring_address(Some(value), None),
+            reg::QUEUE_DEVICE_HIGH => queue.set_used_ring_address(None, Some(value)),
+            _ => {}
+        }
+    }
+
+    fn set_status(&mut self, value: u32) {
+        if value == 0 {
+            return self.reset();
+        }
+        let risen = value & !self.status;
+        self.status = value & 0xFF | self.status & status::NEEDS_RESET;
+        if risen & status::FEATURES_OK != 0 {
+            let known = self.driver_features & !self.offered() == 0;
+            if !known || self.driver_features & FEATURE_VERSION_1 == 0 {
+                self.status &= !status::FEATURES_OK;
+            }
+        }
+        if risen & status::DRIVER_OK != 0 && self.status & status::FEATURES_OK != 0 {
+            self.start();
+        }
+    }
+
+    fn start(&mut self) {
+        if self.device.activate(self.driver_features).is_err() {
+            return self.fail();
+        }
+        // What came for the device before its driver was ready waits for these.
+        for kick in &self.kicks {
+            let _ = kick.write(1);
+        }
+    }
+
+    fn process(&mut self, index: usize) {
+        let running = status::DRIVER_OK | status::FEATURES_OK;
+        let stopped = self.status & (running | status::NEEDS_RESET) != running;
+        if stopped || !self.queues.get(index).is_some_and(Queue::ready) {
+            return;
+        }
+        match self.device.process(&mut self.queues, index, &self.view) {
+            Ok(served) => self.finish(index, served),
+            Err(super::Broken) => self.fail(),
+        }
+    }
+
+    fn finish(&mut self, index: usize, served: Served) {
+        if served.interrupt {
+            self.interrupt.raise(Interrupt::USED);
+        }
+        if served.more {
+            let _ = self.kicks[index].write(1);
+        }
+    }
+
+    /// The driver broke the rules: no more service until it resets the device.
+    fn fail(&mut self) {
+        self.status |= status::NEEDS_RESET;
+        self.interrupt.raise(Interrupt::CONFIG);
+    }
+
+    fn reset(&mut self) {
+        self.device.reset();
+        self.queues.iter_mut().for_each(QueueT::reset);
+        self.interrupt.acknowledge(u32::MAX);
+        self.status = 0;
+        self.driver_features = 0;
+        self.queue_select = 0;
+        self.device_features_select = 0;
+        self.driver_features_select = 0;
+    }
+}
+
+/// The low or the high word of a feature set.
+fn half(features: u64, select: u32) -> u32 {
+    match select {
+        0 => features as u32,
+        1 => (features >> 32) as u32,
+        _ => 0,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rng::Rng;
+    use super::*;
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    /// Status writes of a driver that sets up a device.
+    const DRIVER: u32 = 1 | 2;
+    const WRITABLE: u16 = 2;
+
+    fn slot(view: Arc<View>) -> (Slot, EventFd) {
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap()));
+        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        (Slot::new(Box::new(Rng), interrupt, vec![kick], view), line)
+    }
+
+    fn get(slot: &Slot, offset: u64) -> u32 {
+        let mut data = [0; 4];
+        slot.read(offset, &mut data);
+        u32::from_le_bytes(data)
+    }
+
+    fn set(slot: &Slot, writes: &[(u64, u32)]) {
+        for (offset, value) in writes {
+            slot.write(*offset, &value.to_le_bytes());
+        }
+    }
+
+    fn negotiate(slot: &Slot, low: u32, high: u32) -> u32 {
+        set(slot, &[(reg::STATUS, DRIVER)]);
+        set(slot, &[(reg::DRIVER_FEATURES_SEL, 0), (reg::DRIVER_FEATURES, low)]);
+        set(slot, &[(reg::DRIVER_FEATURES_SEL, 1), (reg::DRIVER_FEATURES, high)]);
+        set(slot, &[(reg::STATUS, DRIVER | status::FEATURES_OK)]);
+        get(slot, reg::STATUS)
+    }
+
+    fn view() -> Arc<View> {
+        Arc::new(View::from_ranges(&[(GuestAddress(0), 0x10000)]).unwrap())
+    }
+
+    #[test]
+    fn identifies_itself() {
+        let (slot, _) = slot(view());
+        assert_eq!(get(&slot, reg::MAGIC).to_le_bytes(), *b"virt");
+        assert_eq!((get(&slot, reg::VERSION), get(&slot, reg::DEVICE_ID)), (2, 4));
+        assert_eq!(get(&slot, reg::QUEUE_NUM_MAX), 64);
+        set(&slot, &[(reg::QUEUE_SEL, 1)]);
+        assert_eq!(get(&slot, reg::QUEUE_NUM_MAX), 0);
+        let mut byte = [7];
+        slot.read(reg::MAGIC, &mut byte);
+        assert_eq!(byte, [0]);
+    }
+
+    #[test]
+    fn features_are_taken_only_if_modern_and_offered() {
+        for (low, high, expect) in [(0, 1, true), (0, 0, false), (1, 1, false)] {
+            let (slot, _) = slot(view());
+            let ok = negotiate(&slot, low, high) & status::FEATURES_OK != 0;
+            assert_eq!(ok, expect, "{low:#x} {high:#x}");
+        }
+    }
+
+    /// Brings the entropy device up with one buffer in its ring and rings it.
+    fn serve_one(view: Arc<View>) -> (Slot, EventFd, Vec<u8>) {
+        let mock = MockSplitQueue::new(&*view, 16);
+        let chain = [RawDescriptor::from(Descriptor::new(0x8000, 64, WRITABLE, 0))];
+        mock.add_desc_chains(&chain, 0).unwrap();
+        let (slot, line) = slot(view.clone());
+        negotiate(&slot, 0, 1);
+        set(&slot, &[(reg::QUEUE_SEL, 0), (reg::QUEUE_NUM, 16)]);
+        set(&slot, &[(reg::QUEUE_DESC_LOW, mock.desc_table_addr().0 as u32)]);
+        set(&slot, &[(reg::QUEUE_DRIVER_LOW, mock.avail_addr().0 as u32)]);
+        set(&slot, &[(reg::QUEUE_DEVICE_LOW, mock.used_addr().0 as u32)]);
+        set(&slot, &[(reg::QUEUE_READY, 1)]);
+        slot.process(0);
+        assert!(line.read().is_err(), "served before DRIVER_OK");
+        set(&slot, &[(reg::STATUS, DRIVER | status::FEATURES_OK | status::DRIVER_OK)]);
+        slot.process(0);
+        let mut bytes = vec![0; 64];
+        view.read_slice(&mut bytes, GuestAddress(0x8000)).unwrap();
+        (slot, line, bytes)
+    }
+
+    #[test]
+    fn serves_a_ring_and_interrupts() {
+        let (slot, line, bytes) = serve_one(view());
+        assert!(bytes.iter().any(|byte| *byte != 0));
+        assert_eq!((line.read().unwrap(), get(&slot, reg::INTERRUPT_STATUS)), (1, 1));
+        set(&slot, &[(reg::INTERRUPT_ACK, 1)]);
+        assert_eq!(get(&slot, reg::INTERRUPT_STATUS), 0);
+    }
+
+    #[test]
+    fn hand_over_leaves_nothing_of_the_first_driver() {
+        let (slot, ..) = serve_one(view());
+        slot.hand_over(Arc::new(View::from_ranges(&[(GuestAddress(0), 0x1000)]).unwrap()));
+        assert_eq!((get(&slot, reg::STATUS), get(&slot, reg::INTERRUPT_STATUS)), (0, 0));
+        negotiate(&slot, 0, 1);
+        set(&slot, &[(reg::QUEUE_DESC_LOW, 0x8000), (reg::QUEUE_READY, 1)]);
+        assert_eq!(get(&slot, reg::QUEUE_READY), 0, "a ring outside the new view was accepted");
+    }
+}

@@ -1,0 +1,88 @@
+//! Virtio devices (virtio 1.2): the transport `mmio`, the rings `ring`, and the devices `net`,
+//! `rng` and `blk`. They see guest memory through a bounds-checked view and raise interrupts
+//! through an eventfd; none knows KVM, so all of it is tested on any host.
+
+pub mod blk;
+pub mod mmio;
+pub mod net;
+pub mod ring;
+pub mod rng;
+
+use std::io;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::View;
+
+/// `VIRTIO_F_VERSION_1`: every device here is modern and nothing else.
+pub const FEATURE_VERSION_1: u64 = 1 << 32;
+/// `VIRTIO_F_INDIRECT_DESC`.
+pub const FEATURE_INDIRECT: u64 = 1 << 28;
+/// `VIRTIO_F_EVENT_IDX`.
+pub const FEATURE_EVENT_IDX: u64 = 1 << 29;
+
+/// The guest broke a ring's rules: the device stops until the guest resets it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Broken;
+
+/// One virtio device behind the transport. All calls come under the transport's lock.
+pub trait Device: Send {
+    /// Device id (virtio 1.2, chapter 5).
+    fn id(&self) -> u32;
+    /// Features offered beside those of the transport.
+    fn features(&self) -> u64;
+    /// Largest size of each queue.
+    fn queue_sizes(&self) -> &'static [u16];
+    /// The configuration space; reads beyond it give zeros.
+    fn config(&self) -> Vec<u8>;
+    /// The guest's driver is ready and took `features`.
+    fn activate(&mut self, features: u64) -> io::Result<()>;
+    /// Back to the state after power-on.
+    fn reset(&mut self);
+    /// Serves queue `index`.
+    fn process(
+        &mut self,
+        queues: &mut [Queue],
+        index: usize,
+        view: &View,
+    ) -> Result<ring::Served, Broken>;
+    /// RESUME was done: from here on the device belongs to the guest, not to mstrap.
+    fn hand_over(&mut self) {}
+}
+
+/// A device's interrupt line and the register that says why it was raised. Outside the lock, as
+/// the guest reads and clears it at every interrupt.
+pub struct Interrupt {
+    status: AtomicU32,
+    line: EventFd,
+}
+
+impl Interrupt {
+    /// Bit of the status register: a ring was used.
+    const USED: u32 = 1;
+    /// Bit of the status register: configuration or device status changed.
+    const CONFIG: u32 = 2;
+
+    /// A lowered interrupt on `line`, an irqfd.
+    pub fn new(line: EventFd) -> Self {
+        Self { status: AtomicU32::new(0), line }
+    }
+
+    fn raise(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        // An eventfd write fails only where the counter would overflow: the line is raised then.
+        let _ = self.line.write(1);
+    }
+
+    /// The register's value.
+    pub fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    /// Clears the bits that the guest has seen.
+    pub fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+}

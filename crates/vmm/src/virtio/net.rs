@@ -1,0 +1,372 @@
+//! virtio-net (virtio 1.2, 5.1) on the VM's tap: frames with their `virtio_net_hdr` go through
+//! one buffer in each direction. Checksum and segmentation work is left to whoever is able.
+//! It never looks into a frame: which packets a VM may send is enforced outside of this process.
+
+use std::io::{self, ErrorKind, Read, Write};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
+
+use virtio_queue::{Queue, QueueT, Writer};
+
+use super::ring::{self, BUDGET, Served};
+use super::{Broken, Device};
+use crate::descriptors::Tap;
+use crate::memory::View;
+
+/// Positions of the queues.
+const RX: usize = 0;
+const TX: usize = 1;
+const QUEUE_SIZE: u16 = 256;
+
+/// Feature bits (virtio 1.2, 5.1.3).
+mod feature {
+    pub const CSUM: u64 = 1 << 0;
+    pub const GUEST_CSUM: u64 = 1 << 1;
+    pub const MAC: u64 = 1 << 5;
+    pub const GUEST_TSO4: u64 = 1 << 7;
+    pub const GUEST_TSO6: u64 = 1 << 8;
+    pub const HOST_TSO4: u64 = 1 << 11;
+    pub const HOST_TSO6: u64 = 1 << 12;
+    pub const MERGE_RX: u64 = 1 << 15;
+}
+/// `TUN_F_*` of linux/if_tun.h that each guest feature stands for.
+const OFFLOADS: [(u64, u32); 3] =
+    [(feature::GUEST_CSUM, 1), (feature::GUEST_TSO4, 2), (feature::GUEST_TSO6, 4)];
+
+/// Largest frame with its header: 64 KiB of segmented TCP and room for link headers.
+const FRAME_SIZE_MAX: usize = 68 << 10;
+/// Most buffers that one frame may span: 64 KiB in the smallest buffers that Linux posts.
+const MERGE_MAX: usize = 64;
+/// Where the header holds the number of buffers.
+const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
+
+/// Tells a vCPU that waits in IDLE that a frame was delivered.
+#[derive(Default)]
+pub struct Arrivals {
+    news: Mutex<bool>,
+    changed: Condvar,
+}
+
+impl Arrivals {
+    /// A frame was delivered, or the machine is about to stop.
+    pub fn announce(&self) {
+        *self.news.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.changed.notify_all();
+    }
+
+    /// Waits for news since the last call, at most `timeout`.
+    pub fn wait(&self, timeout: Duration) {
+        let news = self.news.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut news, _) = self
+            .changed
+            .wait_timeout_while(news, timeout, |news| !*news)
+            .unwrap_or_else(PoisonError::into_inner);
+        *news = false;
+    }
+}
+
+/// Where frames come from and go to: the tap, or a test.
+pub trait Link: Send {
+    /// Reads one frame; `WouldBlock` where there is none.
+    fn read(&mut self, frame: &mut [u8]) -> io::Result<usize>;
+    /// Writes one frame.
+    fn write(&mut self, frame: &[u8]) -> io::Result<usize>;
+    /// Says which offloads (`TUN_F_*`) the guest can take.
+    fn set_offload(&mut self, flags: u32) -> io::Result<()>;
+}
+
+impl Link for Tap {
+    fn read(&mut self, frame: &mut [u8]) -> io::Result<usize> {
+        self.file().read(frame)
+    }
+
+    fn write(&mut self, frame: &[u8]) -> io::Result<usize> {
+        self.file().write(frame)
+    }
+
+    fn set_offload(&mut self, flags: u32) -> io::Result<()> {
+        Tap::set_offload(self, flags)
+    }
+}
+
+/// The network device.
+pub struct Net<L> {
+    link: L,
+    mac: [u8; 6],
+    guest_mac: [u8; 6],
+    arrivals: Arc<Arrivals>,
+    merge: bool,
+    /// A frame that was read; waits here while the guest has no buffers for it.
+    received: Box<[u8]>,
+    received_size: usize,
+    sent: Box<[u8]>,
+}
+
+impl<L: Link> Net<L> {
+    /// A device that shows `boot_mac` until RESUME and `guest_mac` from then on.
+    pub fn new(link: L, boot_mac: [u8; 6], guest_mac: [u8; 6], arrivals: Arc<Arrivals>) -> Self {
+        Self {
+            link,
+            mac: boot_mac,
+            guest_mac,
+            arrivals,
+            merge: false,
+            received: vec![0; FRAME_SIZE_MAX].into(),
+            received_size: 0,
+            sent: vec![0; FRAME_SIZE_MAX].into(),
+        }
+    }
+
+    fn send(&mut self, queue: &mut Queue, view: &View) -> Result<Served, Broken> {
+        ring::drain(queue, view, |chain| {
+            let mut reader = chain.reader(view).map_err(|_| Broken)?;
+            let size = reader.available_bytes();
+            let Some(frame) = self.sent.get_mut(..size) else { return Ok(0) };
+            reader.read_exact(frame).map_err(|_| Broken)?;
+            // A frame that the tap does not take is lost, as on any network.
+            let _ = self.link.write(frame);
+            Ok(0)
+        })
+    }
+
+    fn receive(&mut self, queue: &mut Queue, view: &View) -> Result<Served, Broken> {
+        let before = queue.next_used();
+        let mut more = true;
+        for _ in 0..BUDGET {
+            if !self.fetch() || !self.deliver(queue, view)? {
+                more = false;
+                break;
+            }
+        }
+        if queue.next_used() != before {
+            self.arrivals.announce();
+        }
+        Ok(Served { interrupt: ring::wants_interrupt(queue, view, before)?, more })
+    }
+
+    /// Whether there is a frame to deliver.
+    fn fetch(&mut self) -> bool {
+        if self.received_size > 0 {
+            return true;
+        }
+        loop {
+            match self.link.read(&mut self.received) {
+                Ok(size) => self.received_size = size,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                // WouldBlock; any other error means that the tap is going away with its VM.
+                Err(_) => {}
+            }
+            return self.received_size > 0;
+        }
+    }
+
+    /// Puts the frame into the guest's buffers; false if there are not enough of them, in which
+    /// case the guest will ring when it has added some.
+    fn deliver(&mut self, queue: &mut Queue, view: &View) -> Result<bool, Broken> {
+        let start = queue.next_avail();
+        let Some(buffers) = self.collect(queue, view)? else {
+            // Ask to be rung for a buffer beyond those seen, then take these up again later.
+            let raced = queue.enable_notification(view).map_err(|_| Broken)?;
+            queue.set_next_avail(start);
+            return Ok(raced);
+        };
+        let size = std::mem::take(&mut self.received_size);
+        let frame = &mut self.received[..size];
+        if let Some(field) = frame.get_mut(NUM_BUFFERS) {
+            field.copy_from_slice(&(buffers.len() as u16).to_le_bytes());
+        }
+        let mut rest = &*frame;
+        let mut used = Vec::with_capacity(buffers.len());
+        for (head, mut writer) in buffers {
+            let part = rest.split_off(..writer.available_bytes().min(rest.len())).unwrap_or(&[]);
+            writer.write_all(part).map_err(|_| Broken)?;
+            used.push((head, part.len() as u32));
+        }
+        ring::publish(queue, view, &used)?;
+        Ok(true)
+    }
+
+    /// Buffers that hold the frame together; a frame that can never fit is cut to what does.
+    fn collect<'a>(
+        &self,
+        queue: &mut Queue,
+        view: &'a View,
+    ) -> Result<Option<Vec<(u16, Writer<'a>)>>, Broken> {
+        let mut buffers = Vec::new();
+        let mut room = 0;
+        let most = if self.merge { MERGE_MAX } else { 1 };
+        while room < self.received_size && buffers.len() < most {
+            let Some(chain) = queue.pop_descriptor_chain(view) else { return Ok(None) };
+            let head = chain.head_index();
+            let writer = chain.writer(view).map_err(|_| Broken)?;
+            room += writer.available_bytes();
+            buffers.push((head, writer));
+        }
+        Ok(Some(buffers))
+    }
+}
+
+impl<L: Link> Device for Net<L> {
+    fn id(&self) -> u32 {
+        1
+    }
+
+    fn features(&self) -> u64 {
+        use feature::*;
+        CSUM | GUEST_CSUM | MAC | GUEST_TSO4 | GUEST_TSO6 | HOST_TSO4 | HOST_TSO6 | MERGE_RX
+    }
+
+    fn queue_sizes(&self) -> &'static [u16] {
+        &[QUEUE_SIZE; 2]
+    }
+
+    fn config(&self) -> Vec<u8> {
+        self.mac.to_vec()
+    }
+
+    fn activate(&mut self, features: u64) -> io::Result<()> {
+        self.merge = features & feature::MERGE_RX != 0;
+        let taken = OFFLOADS.iter().filter(|(feature, _)| features & feature != 0);
+        self.link.set_offload(taken.fold(0, |flags, (_, flag)| flags | flag))
+    }
+
+    fn reset(&mut self) {
+        self.received_size = 0;
+        self.merge = false;
+    }
+
+    fn process(
+        &mut self,
+        queues: &mut [Queue],
+        index: usize,
+        view: &View,
+    ) -> Result<Served, Broken> {
+        match index {
+            TX => self.send(&mut queues[TX], view),
+            _ => self.receive(&mut queues[RX], view),
+        }
+    }
+
+    fn hand_over(&mut self) {
+        self.mac = self.guest_mac;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::VecDeque;
+    use virtio_queue::desc::{RawDescriptor, split::Descriptor};
+    use virtio_queue::mock::MockSplitQueue;
+    use vm_memory::{Bytes, GuestAddress};
+
+    const WRITE: u16 = 2;
+    const BUFFER: u64 = 0x8000;
+
+    #[derive(Default)]
+    struct FakeLink {
+        incoming: VecDeque<Vec<u8>>,
+        outgoing: Vec<Vec<u8>>,
+        offload: u32,
+    }
+
+    impl Link for FakeLink {
+        fn read(&mut self, frame: &mut [u8]) -> io::Result<usize> {
+            let next = self.incoming.pop_front().ok_or(ErrorKind::WouldBlock)?;
+            frame[..next.len()].copy_from_slice(&next);
+            Ok(next.len())
+        }
+
+        fn write(&mut self, frame: &[u8]) -> io::Result<usize> {
+            self.outgoing.push(frame.to_vec());
+            Ok(frame.len())
+        }
+
+        fn set_offload(&mut self, flags: u32) -> io::Result<()> {
+            self.offload = flags;
+            Ok(())
+        }
+    }
+
+    fn net(incoming: &[usize], features: u64) -> Net<FakeLink> {
+        let incoming = incoming.iter().map(|size| vec![0xAB; *size]).collect();
+        let link = FakeLink { incoming, ..FakeLink::default() };
+        let mut net = Net::new(link, [2; 6], [4; 6], Arc::default());
+        net.activate(features).unwrap();
+        net
+    }
+
+    /// Offers `sizes` as one-descriptor buffers, receives, and tells the lengths used and what
+    /// the first header says.
+    fn check(frames: &[usize], sizes: &[u32], features: u64, expect: &[u32], count: u16) {
+        let view = View::from_ranges(&[(GuestAddress(0), 0x40000)]).unwrap();
+        let mock = MockSplitQueue::new(&view, 16);
+        for (index, size) in sizes.iter().enumerate() {
+            let at = BUFFER + 0x1000 * index as u64;
+            let buffer = Descriptor::new(at, *size, WRITE, 0);
+            mock.add_desc_chains(&[RawDescriptor::from(buffer)], index as u16).unwrap();
+        }
+        let mut queues = [mock.create_queue().unwrap(), Queue::new(16).unwrap()];
+        net(frames, features).process(&mut queues, RX, &view).unwrap();
+        let ring = queues[RX].used_ring();
+        let used: Vec<u32> = (0..u64::from(queues[RX].next_used()))
+            .map(|index| view.read_obj(GuestAddress(ring + 4 + 8 * index + 4)).unwrap())
+            .collect();
+        assert_eq!(used, expect, "{frames:?} in {sizes:?}");
+        let told: u16 = view.read_obj(GuestAddress(BUFFER + 10)).unwrap();
+        assert_eq!(told, count, "{frames:?} in {sizes:?}");
+    }
+
+    #[test]
+    fn frames_fill_buffers() {
+        check(&[100], &[2000], 0, &[100], 1);
+        check(&[100, 60], &[2000, 2000], 0, &[100, 60], 1);
+        check(&[3000], &[1500, 1000, 1500], feature::MERGE_RX, &[1500, 1000, 500], 3);
+        // Without merging a frame that is too long is cut: its checksum tells.
+        check(&[3000], &[1500, 1500], 0, &[1500], 1);
+        // Not enough buffers: none is used in part.
+        check(&[3000], &[1500, 1000], feature::MERGE_RX, &[], 0);
+        check(&[100], &[], 0, &[], 0);
+    }
+
+    #[test]
+    fn a_waiting_frame_is_delivered_when_buffers_come() {
+        let view = View::from_ranges(&[(GuestAddress(0), 0x40000)]).unwrap();
+        let mock = MockSplitQueue::new(&view, 16);
+        let mut queues = [mock.create_queue().unwrap(), Queue::new(16).unwrap()];
+        let mut net = net(&[100], 0);
+        net.process(&mut queues, RX, &view).unwrap();
+        let buffer = Descriptor::new(BUFFER, 2000, WRITE, 0);
+        mock.add_desc_chains(&[RawDescriptor::from(buffer)], 0).unwrap();
+        let served = net.process(&mut queues, RX, &view).unwrap();
+        assert_eq!(served, Served { interrupt: true, more: false });
+        assert_eq!(queues[RX].next_used(), 1);
+        net.arrivals.wait(Duration::from_secs(60));
+    }
+
+    #[test]
+    fn sends_whole_frames_and_skips_those_too_long() {
+        let view = View::from_ranges(&[(GuestAddress(0), 0x40000)]).unwrap();
+        let mock = MockSplitQueue::new(&view, 16);
+        view.write_slice(b"0123456789ab frame", GuestAddress(BUFFER)).unwrap();
+        let chains = [
+            Descriptor::new(BUFFER, 12, 1, 1),
+            Descriptor::new(BUFFER + 12, 6, 0, 0),
+            Descriptor::new(BUFFER, 0x12000, 0, 0),
+        ];
+        mock.add_desc_chains(&chains.map(RawDescriptor::from), 0).unwrap();
+        let mut queues = [Queue::new(16).unwrap(), mock.create_queue().unwrap()];
+        let mut net = net(&[], feature::GUEST_CSUM | feature::GUEST_TSO4);
+        net.process(&mut queues, TX, &view).unwrap();
+        assert_eq!(net.link.outgoing, [b"0123456789ab frame".to_vec()]);
+        assert_eq!((queues[TX].next_used(), net.link.offload), (2, 3));
+    }
+
+    #[test]
+    fn the_mac_changes_hands() {
+        let mut net = net(&[], 0);
+        assert_eq!(net.config(), [2; 6]);
+        net.hand_over();
+        assert_eq!(net.config(), [4; 6]);
+    }
+}
