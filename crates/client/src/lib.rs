@@ -4,5 +4,11 @@
 #![warn(missing_docs)]
 
 pub mod api;
+pub mod bootstrap;
+pub mod broker;
 pub mod channel;
 pub mod echo;
+pub mod kernel;
+pub mod layout;
+pub mod node;
+pub mod stream;

@@ -1,0 +1,205 @@
+//! Writes a checkpoint stream: a machine's pieces of memory as records, packed while earlier ones are on
+//! their way. `bootstrap` sends it to a loader; it goes to a file as well. Reads nothing back.
+
+use crate::layout::Layout;
+use onde_wire::machine::PAGE_SIZE;
+use onde_wire::stream::{CHUNK_MAX, Head, Kind, Sender, Start};
+use std::io::{self, Write};
+use std::sync::mpsc::{SyncSender, sync_channel};
+
+/// Packed records that may wait for the wire: with 128 KiB each, a megabyte.
+const QUEUE: usize = 8;
+
+/// How far a stream is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Progress {
+    /// Bytes of memory that went out.
+    pub mem_done: u64,
+    /// Bytes of memory in all.
+    pub mem_total: u64,
+    /// Bytes of stream that they took.
+    pub sent: u64,
+}
+
+/// A record on its way to the wire.
+struct Record {
+    head: Head,
+    payload: Vec<u8>,
+}
+
+/// Writes the stream of a cold machine to `out` and flushes it. `on_progress` sees every record go.
+pub fn write_cold(
+    out: &mut impl Write,
+    start: &Start,
+    layout: &Layout,
+    mut on_progress: impl FnMut(Progress),
+) -> io::Result<Progress> {
+    let mut progress = Progress { mem_total: layout.size(), ..Progress::default() };
+    let mut sender = Sender::default();
+    let mut send = |record: Record| -> io::Result<()> {
+        out.write_all(&sender.record(&record.head, &record.payload))?;
+        out.write_all(&record.payload)?;
+        progress.mem_done += record.head.mem_size;
+        progress.sent += (onde_wire::stream::HEAD_SIZE + record.payload.len()) as u64;
+        on_progress(progress);
+        Ok(())
+    };
+    send(plain(Kind::Start, start.emit().to_vec()))?;
+    std::thread::scope(|scope| {
+        let (packer, packed) = sync_channel(QUEUE);
+        scope.spawn(move || pack(layout, &packer));
+        // Where sending fails, the queue closes and the packer ends.
+        packed.into_iter().try_for_each(&mut send)
+    })?;
+    send(plain(Kind::Machine, layout.start.emit().to_vec()))?;
+    let end = sender.end();
+    out.write_all(&end)?;
+    out.flush()?;
+    progress.sent += end.len() as u64;
+    Ok(progress)
+}
+
+fn plain(kind: Kind, payload: Vec<u8>) -> Record {
+    let payload_size = payload.len() as u32;
+    Record { head: Head { kind, payload_size, address: 0, mem_size: 0 }, payload }
+}
+
+/// Packs all memory, until done or nobody takes it any more.
+fn pack(layout: &Layout, out: &SyncSender<Record>) {
+    for piece in &layout.pieces {
+        for (address, run) in runs(piece.address, &piece.bytes) {
+            if out.send(memory(address, run)).is_err() {
+                return;
+            }
+        }
+    }
+}
+
+/// Cuts memory into runs of pages that are all zero, of any size, and others, of a chunk at most.
+fn runs(mut address: u64, mut bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
+    std::iter::from_fn(move || {
+        let is_zero = is_zero(bytes.chunks(PAGE_SIZE as usize).next()?);
+        let pages_max =
+            if is_zero { usize::MAX } else { (u64::from(CHUNK_MAX) / PAGE_SIZE) as usize };
+        let same = bytes
+            .chunks(PAGE_SIZE as usize)
+            .take(pages_max)
+            .take_while(|page| self::is_zero(page) == is_zero);
+        let (run, rest) = bytes.split_at(same.map(<[u8]>::len).sum());
+        let at = address;
+        address += run.len() as u64;
+        bytes = rest;
+        Some((at, run))
+    })
+}
+
+fn is_zero(bytes: &[u8]) -> bool {
+    bytes.iter().all(|byte| *byte == 0)
+}
+
+/// The record of one run of pages.
+fn memory(address: u64, run: &[u8]) -> Record {
+    let mem_size = run.len() as u64;
+    let (kind, payload) = match is_zero(run) {
+        true => (Kind::Zero, Vec::new()),
+        false => match lz4_flex::block::compress(run) {
+            packed if packed.len() < run.len() => (Kind::Lz4, packed),
+            _ => (Kind::Raw, run.to_vec()),
+        },
+    };
+    let payload_size = payload.len() as u32;
+    Record { head: Head { kind, payload_size, address, mem_size }, payload }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::Piece;
+    use onde_wire::machine::ColdStart;
+    use onde_wire::stream::{Checker, HEAD_SIZE};
+
+    const START: Start = Start { job: [9; 16], mem_bytes: 64 << 20, vcpus: 1 };
+
+    /// Reads a stream as a loader does: the checker judges, memory is what the records say.
+    fn receive(stream: &[u8]) -> (Vec<Piece>, Vec<Kind>, Vec<u8>) {
+        let (mut checker, mut rest) = (Checker::new(START), stream);
+        let (mut pieces, mut kinds, mut state) = (Vec::new(), Vec::new(), Vec::new());
+        while !checker.is_done() {
+            let (bytes, behind) = rest.split_first_chunk::<HEAD_SIZE>().unwrap();
+            let head = checker.head(bytes).unwrap();
+            let (payload, behind) = behind.split_at(head.payload_size as usize);
+            checker.payload(payload).unwrap();
+            let mem_size = head.mem_size as usize;
+            let bytes = match head.kind {
+                Kind::Raw => payload.to_vec(),
+                Kind::Lz4 => lz4_flex::block::decompress(payload, mem_size).unwrap(),
+                _ => vec![0; mem_size],
+            };
+            if head.kind == Kind::Machine {
+                state = payload.to_vec();
+            }
+            pieces.push(Piece { address: head.address, bytes });
+            kinds.push(head.kind);
+            rest = behind;
+        }
+        assert!(rest.is_empty());
+        (pieces, kinds, state)
+    }
+
+    #[test]
+    fn a_loader_gets_the_memory_that_was_laid_out() {
+        let mut seed = 1u32;
+        let mut random = || {
+            // Numerical Recipes' generator: its high bits do not repeat within this size.
+            seed = seed.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (seed >> 24) as u8
+        };
+        let noise: Vec<u8> = (0..1_600_000).map(|_| random()).collect();
+        let mut bytes = [vec![1; 3 * 4096], vec![0; 50 * 4096], noise].concat();
+        bytes.resize(bytes.len().next_multiple_of(4096), 7);
+        let layout = Layout {
+            pieces: vec![
+                Piece { address: 0x1000, bytes: vec![5; 4096] },
+                Piece { address: 0x10_0000, bytes },
+            ],
+            start: ColdStart::Pvh { entry: 1, start_info: 2 },
+        };
+        let (mut stream, mut last) = (Vec::new(), Progress::default());
+        let done = write_cold(&mut stream, &START, &layout, |progress| last = progress).unwrap();
+        assert_eq!((done.sent, done.mem_done), (stream.len() as u64, layout.size()));
+        assert_eq!(last.mem_done, last.mem_total);
+        let (pieces, kinds, state) = receive(&stream);
+        assert_eq!(state, layout.start.emit());
+        assert_eq!(kinds[..5], [Kind::Start, Kind::Lz4, Kind::Lz4, Kind::Zero, Kind::Raw]);
+        let mut got = vec![0; 64 << 20];
+        for piece in pieces {
+            got[piece.address as usize..][..piece.bytes.len()].copy_from_slice(&piece.bytes);
+        }
+        for piece in &layout.pieces {
+            assert!(got[piece.address as usize..][..piece.bytes.len()] == piece.bytes);
+        }
+    }
+
+    #[test]
+    fn a_peer_that_goes_away_ends_the_stream() {
+        struct Broken(usize);
+        impl Write for Broken {
+            fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+                self.0 = self.0.checked_sub(bytes.len()).ok_or(io::ErrorKind::BrokenPipe)?;
+                Ok(bytes.len())
+            }
+            fn flush(&mut self) -> io::Result<()> {
+                Ok(())
+            }
+        }
+        let layout = Layout {
+            pieces: vec![Piece {
+                address: 0,
+                bytes: (0..1 << 22).map(|i| (i / 3) as u8).collect(),
+            }],
+            start: ColdStart::Pvh { entry: 1, start_info: 2 },
+        };
+        let error = write_cold(&mut Broken(1000), &START, &layout, |_| {}).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+    }
+}
