@@ -400,7 +400,7 @@ pub struct Event {
     pub id: i64,
     /// Seconds since 1970.
     pub at: u64,
-    /// What: `node_up`, `node_restarted`, `node_silent`, `job_opened`, `job_settled`.
+    /// What: `node_up`, `node_restarted`, `node_silent`, `job_settled`.
     pub kind: String,
     /// The node.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]

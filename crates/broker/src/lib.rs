@@ -1,0 +1,69 @@
+//! The broker: sells tokens, keeps the ledger, gives change. It runs on the owner's server as a plain user.
+//! `main` starts it; tests start it with nodes of their own invention. It never talks to a node but by ICMP echo,
+//! and it holds the cluster secret, which no customer ever sees.
+//!
+//! | module | what |
+//! |---|---|
+//! | `http` | requests and answers |
+//! | `accounts`, `sale`, `settle`, `jobs` | money and jobs |
+//! | `ledger` | the store |
+//! | `nodes`, `watch`, `poller` | what nodes say, what it means, how to ask |
+#![forbid(unsafe_code)]
+#![warn(missing_docs)]
+
+pub mod accounts;
+pub mod http;
+pub mod jobs;
+pub mod ledger;
+pub mod nodes;
+pub mod poller;
+pub mod refusal;
+mod sale;
+mod settle;
+pub mod watch;
+
+use ledger::Ledger;
+use nodes::Nodes;
+use onde_wire::cluster::Cluster;
+use onde_wire::key::sha256;
+use refusal::Refusal;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+/// All of the broker's state. Locks: the ledger first, then the nodes.
+pub struct Broker {
+    cluster: Cluster,
+    ledger: Ledger,
+    nodes: Mutex<Nodes>,
+    operator: accounts::KeyDigest,
+}
+
+impl Broker {
+    /// A broker for a cluster, over a store; `operator_key` is what the operator shows as API key.
+    pub fn new(cluster: Cluster, ledger: Ledger, operator_key: &str, now: Instant) -> Self {
+        let operator = sha256(operator_key.as_bytes());
+        Self { cluster, ledger, nodes: Mutex::new(Nodes::new(now)), operator }
+    }
+
+    fn nodes(&self) -> MutexGuard<'_, Nodes> {
+        // The table is whole between any two statements: a panic elsewhere does not spoil it.
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether this is the operator's key. Digests of secrets with 256 bits may be compared in plain.
+    fn is_operator(&self, key: &accounts::KeyDigest) -> bool {
+        self.operator == *key
+    }
+
+    /// Forgets what is too old to matter; see [`Ledger::prune`].
+    pub fn prune(&self) -> Result<(), Refusal> {
+        self.ledger.prune()
+    }
+}
+
+/// Fresh random bytes.
+fn random<const N: usize>() -> [u8; N] {
+    let mut bytes = [0; N];
+    getrandom::fill(&mut bytes).expect("Linux has random bytes once it has booted");
+    bytes
+}

@@ -1,0 +1,240 @@
+//! Selling: boot tokens and payment tokens. A sale is one act: the account is charged, the job is written, the
+//! token is made and the answer is kept under its idempotency key, or nothing of this happens.
+
+use crate::Broker;
+use crate::accounts::{Reason, charge};
+use crate::jobs::{self, JobRow};
+use crate::ledger::unix_s;
+use crate::nodes::{Reserved, Seen};
+use crate::refusal::Refusal;
+use onde_client::api::{
+    Hex, JobOpened, JobRequest, NodeList, Payment, TOKENS_PER_JOB_MAX, TOKENS_PER_SALE_MAX,
+    TokensRequest,
+};
+use onde_wire::chain;
+use onde_wire::cluster::TOKEN_MICRO;
+use onde_wire::key::{Key, job_key, sha256};
+use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
+use onde_wire::plan;
+use onde_wire::token::{BootToken, JobId, NodeId};
+use rusqlite::{Connection, OptionalExtension, params};
+use std::collections::HashMap;
+use std::time::Instant;
+
+/// How long a boot token can be shown: time to build a VM's memory image, and not much more, since the node's
+/// memory is reserved for it.
+const BOOT_TOKEN_LIFE_MS: u64 = 120_000;
+/// Most disk of a VM, MiB: 1 TiB. What a node has is for the node to say.
+const DISK_MIB_MAX: u32 = 1 << 20;
+
+fn check_shape(request: &JobRequest) -> Result<(), Refusal> {
+    if !(MEM_MIB_MIN..=MEM_MIB_MAX).contains(&request.mem_mib) {
+        return Err(Refusal::Invalid("mem_mib is 64 to 65536"));
+    }
+    if !(1..=VCPUS_MAX).contains(&request.vcpus) {
+        return Err(Refusal::Invalid("vcpus is 1 to 64"));
+    }
+    if request.disk_mib > DISK_MIB_MAX {
+        return Err(Refusal::Invalid("disk_mib is at most 1048576"));
+    }
+    if !(1..=TOKENS_PER_JOB_MAX).contains(&request.tokens) {
+        return Err(Refusal::Invalid("tokens is 1 to 65536"));
+    }
+    Ok(())
+}
+
+/// Value number `index` of a job's chain, from 1.
+fn chain_value(seed: &chain::Value, index: u32) -> chain::Value {
+    chain::walk(seed, TOKENS_PER_JOB_MAX - index)
+}
+
+/// What is sold on each node and was not seen used yet.
+fn reserved(tx: &Connection) -> Result<HashMap<NodeId, Reserved>, Refusal> {
+    let mut query = tx.prepare_cached(
+        "SELECT node_id, sum(mem_mib), count(*) FROM jobs \
+         WHERE settled_at IS NULL AND booted = 0 GROUP BY node_id",
+    )?;
+    let rows = query.query_map([], |row| {
+        Ok((row.get(0)?, Reserved { mem_mib: row.get(1)?, slots: row.get(2)? }))
+    })?;
+    Ok(rows.collect::<Result<_, _>>()?)
+}
+
+/// A guest address that no open job has. Goes round, so that an address rests long before it is used again.
+fn free_guest(tx: &Connection, guests_max: u32) -> Result<u32, Refusal> {
+    let last: Option<u32> = tx
+        .query_row("SELECT guest FROM jobs ORDER BY seq DESC LIMIT 1", [], |row| row.get(0))
+        .optional()?;
+    let next = last.map_or(0, |last| last + 1);
+    for start in [next, 0] {
+        let guest = free_guest_from(tx, start)?;
+        if guest < guests_max {
+            return Ok(guest);
+        }
+    }
+    Err(Refusal::NoAddress)
+}
+
+/// The first free index from `start` on: `start`, or the one behind the run of taken ones there.
+fn free_guest_from(tx: &Connection, start: u32) -> Result<u32, Refusal> {
+    let behind_the_run: Option<u32> = tx
+        .prepare_cached(
+            "SELECT a.guest + 1 FROM jobs a WHERE a.settled_at IS NULL AND a.guest >= ?1 \
+             AND EXISTS (SELECT 1 FROM jobs WHERE settled_at IS NULL AND guest = ?1) \
+             AND NOT EXISTS (SELECT 1 FROM jobs b WHERE b.settled_at IS NULL AND b.guest = a.guest + 1) \
+             ORDER BY a.guest LIMIT 1",
+        )?
+        .query_row([start], |row| row.get(0))
+        .optional()?;
+    Ok(behind_the_run.unwrap_or(start))
+}
+
+impl Broker {
+    /// A page of nodes with numbers above `after`.
+    pub fn node_list(
+        &self,
+        after: Option<u32>,
+        limit: u32,
+        now: Instant,
+    ) -> Result<NodeList, Refusal> {
+        let reserved = self.ledger.act(reserved)?;
+        let limit = limit as usize;
+        let nodes = self.nodes().page(&self.cluster.plan, &reserved, after, limit, now);
+        let next = nodes.last().filter(|_| nodes.len() == limit).map(|node| node.number);
+        Ok(NodeList { nodes, next })
+    }
+
+    /// Sells a boot token.
+    pub fn open_job(
+        &self,
+        account: &str,
+        request: &JobRequest,
+        now: Instant,
+    ) -> Result<JobOpened, Refusal> {
+        check_shape(request)?;
+        self.ledger.act_once(account, &request.idempotency_key, &("job", request), |tx| {
+            let seen = self.nodes().choose(request, &reserved(tx)?, now)?;
+            let guest = match request.moves {
+                Some(job) => moved_guest(tx, account, &job.0)?,
+                None => free_guest(tx, self.cluster.plan.guests_max())?,
+            };
+            let mut job = new_job(account, request, &seen, guest, now);
+            charge(tx, account, job.paid_micro(), Reason::Boot, &job.id)?;
+            job.insert(tx)?;
+            Ok(self.opened(&job, request))
+        })
+    }
+
+    /// The answer to a sale: the token itself, and the key that its owner speaks to the node with.
+    fn opened(&self, job: &JobRow, request: &JobRequest) -> JobOpened {
+        let node_key = self.node_key(&job.node_id);
+        let token = self.boot_token(job, request);
+        JobOpened {
+            job: job.show(&self.cluster.plan),
+            job_key: Hex(job_key(&node_key, &job.id)),
+            boot_token: Hex(token.emit()),
+            boot_tag: Hex(token.sign(&node_key)),
+            expires_in_ms: BOOT_TOKEN_LIFE_MS,
+        }
+    }
+
+    fn boot_token(&self, job: &JobRow, request: &JobRequest) -> BootToken {
+        let plan = &self.cluster.plan;
+        let ipv4 = plan.guest(job.guest);
+        let mut broker_key = [0; 8];
+        broker_key.copy_from_slice(&sha256(&self.cluster.secret)[..8]);
+        BootToken {
+            broker_key,
+            node: job.node_id,
+            incarnation: job.incarnation,
+            job: job.id,
+            expiry_ms: job.expiry_ms,
+            anchor: chain_value(&job.seed, job.first_count),
+            value_micro: job.value_micro,
+            first_count: job.first_count,
+            loader_sha256: request.loader_sha256.0,
+            mem_mib: job.mem_mib,
+            vcpus: job.vcpus,
+            disk_mib: job.disk_mib,
+            net_kib_s: request.net_kib_s,
+            mac: plan::mac(ipv4),
+            ipv4,
+            gateway: self.cluster.gateway,
+            prefix_len: plan.prefix_len(),
+        }
+    }
+
+    /// Sells payment tokens for an open job.
+    pub fn sell_tokens(
+        &self,
+        account: &str,
+        id: &JobId,
+        request: &TokensRequest,
+    ) -> Result<Payment, Refusal> {
+        if !(1..=TOKENS_PER_SALE_MAX).contains(&request.count) {
+            return Err(Refusal::Invalid("count is 1 to 4096"));
+        }
+        self.ledger.act_once(
+            account,
+            &request.idempotency_key,
+            &("tokens", Hex(*id), request),
+            |tx| {
+                let job = jobs::find_own(tx, account, id)?;
+                if !job.is_open() {
+                    return Err(Refusal::JobSettled);
+                }
+                if request.count > TOKENS_PER_JOB_MAX - job.sold {
+                    return Err(Refusal::ChainSpent);
+                }
+                let index = job.sold + request.count;
+                charge(
+                    tx,
+                    account,
+                    u64::from(request.count) * job.value_micro,
+                    Reason::Tokens,
+                    id,
+                )?;
+                tx.execute("UPDATE jobs SET sold = ?2 WHERE id = ?1", params![id, index])?;
+                Ok(Payment { index, value: Hex(chain_value(&job.seed, index)) })
+            },
+        )
+    }
+
+    /// Key of a node.
+    pub fn node_key(&self, node: &NodeId) -> Key {
+        Key::new(&onde_wire::key::node_key(&self.cluster.secret, node))
+    }
+}
+
+/// The address that a guest takes with it when it moves to a new job.
+fn moved_guest(tx: &Connection, account: &str, from: &JobId) -> Result<u32, Refusal> {
+    let from = jobs::find_own(tx, account, from)?;
+    if from.is_open() { Ok(from.guest) } else { Err(Refusal::JobSettled) }
+}
+
+fn new_job(account: &str, request: &JobRequest, seen: &Seen, guest: u32, now: Instant) -> JobRow {
+    JobRow {
+        seq: 0,
+        id: crate::random(),
+        account: account.into(),
+        node: seen.hello.number,
+        node_id: seen.hello.node,
+        incarnation: seen.hello.incarnation,
+        guest,
+        mem_mib: request.mem_mib,
+        vcpus: request.vcpus,
+        disk_mib: request.disk_mib,
+        value_micro: TOKEN_MICRO,
+        first_count: request.tokens,
+        sold: request.tokens,
+        seed: crate::random(),
+        expiry_ms: seen.uptime_ms(now).saturating_add(BOOT_TOKEN_LIFE_MS),
+        booted: false,
+        spent_micro: 0,
+        opened_at: unix_s(),
+        ended_at: None,
+        settled_by: None,
+        settled_at: None,
+        refund_micro: 0,
+    }
+}
