@@ -1,0 +1,389 @@
+//! Job files: what a customer keeps of each VM, one JSON file each, readable by its owner only, since it holds
+//! the job's key. `onde` and the home node share them: every change is a [`Jobs::update`], which reads the file
+//! anew under a lock, and a file is always whole, as it is written aside and renamed.
+
+use crate::api::{Hex, JobOpened, Payment, SettledBy};
+use crate::node::Handle;
+use onde_wire::key::Key;
+use onde_wire::token::JobId;
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+use std::fs::{self, DirBuilder, File, OpenOptions};
+use std::io::{self, ErrorKind, Write};
+use std::net::Ipv4Addr;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::time::{SystemTime, UNIX_EPOCH};
+
+/// Job files that are kept: of more, those settled longest ago go.
+pub const JOBS_MAX: usize = 1000;
+/// Longest name of a job.
+pub const NAME_MAX: usize = 63;
+
+/// How a job ended, as told by the broker.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Settled {
+    /// On whose word.
+    pub by: SettledBy,
+    /// Micro-tokens paid for it in all.
+    pub paid_micro: u64,
+    /// Micro-tokens of them that came back.
+    pub refund_micro: u64,
+    /// Seconds since 1970.
+    pub at: u64,
+}
+
+/// A purchase of tokens under way: written before the broker is asked, so that a crash cannot lose it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Purchase {
+    /// Its idempotency key.
+    pub key: String,
+    /// Number of tokens.
+    pub count: u32,
+}
+
+/// A job file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Job {
+    /// Its id.
+    pub id: Hex<16>,
+    /// Its key.
+    pub key: Hex<32>,
+    /// Its name, where the customer gave one.
+    pub name: Option<String>,
+    /// What it runs, for people.
+    pub title: String,
+    /// The context it was bought in.
+    pub context: String,
+    /// Number of its node.
+    pub node: u32,
+    /// Where its node answers.
+    pub node_ipv4: Ipv4Addr,
+    /// The guest's address.
+    pub guest_ipv4: Ipv4Addr,
+    /// Memory, MiB.
+    pub mem_mib: u32,
+    /// Number of vCPUs.
+    pub vcpus: u16,
+    /// Micro-tokens that a payment token is worth.
+    pub value_micro: u64,
+    /// Payment tokens bought, those of the boot token included.
+    pub sold: u32,
+    /// Most payment tokens that the home node buys in all.
+    pub budget: u32,
+    /// Seconds since 1970 at which it was bought.
+    pub opened_at: u64,
+    /// Whether an agent runs in it (`onde run`), or only what the customer booted (`onde boot`).
+    pub has_agent: bool,
+    /// A purchase that the broker has not answered.
+    pub purchase: Option<Purchase>,
+    /// Payments that the node has not taken.
+    pub payments: Vec<Payment>,
+    /// How it ended.
+    pub settled: Option<Settled>,
+}
+
+impl Job {
+    /// The file of a job just bought.
+    pub fn new(opened: &JobOpened, title: &str, context: &str, budget: u32) -> Self {
+        let job = &opened.job;
+        Self {
+            id: job.id,
+            key: opened.job_key,
+            name: None,
+            title: title.to_owned(),
+            context: context.to_owned(),
+            node: job.node,
+            node_ipv4: job.node_ipv4,
+            guest_ipv4: job.guest_ipv4,
+            mem_mib: job.mem_mib,
+            vcpus: job.vcpus,
+            value_micro: job.value_micro,
+            sold: job.first_count,
+            budget,
+            opened_at: now_s(),
+            has_agent: false,
+            purchase: None,
+            payments: Vec::new(),
+            settled: None,
+        }
+    }
+
+    /// What its node is asked with.
+    pub fn handle(&self) -> Handle {
+        Handle { job: self.id.0, key: Key::new(&self.key.0), node: self.node_ipv4 }
+    }
+
+    /// First digits of its id: enough to name it among a customer's jobs.
+    pub fn short_id(&self) -> String {
+        self.id.to_string()[..8].to_owned()
+    }
+
+    /// Notes what the broker says of the settled job.
+    pub fn settle(&mut self, told: &crate::api::Job) {
+        self.sold = told.sold;
+        self.settled = told.settled_by.map(|by| Settled {
+            by,
+            paid_micro: u64::from(told.sold) * told.value_micro,
+            refund_micro: told.refund_micro,
+            at: now_s(),
+        });
+    }
+}
+
+/// Seconds since 1970.
+fn now_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// Why a job file cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum JobsError {
+    /// The folder or a file in it.
+    #[error("job file {}", file.display())]
+    File {
+        /// Which.
+        file: PathBuf,
+        /// What the kernel said.
+        #[source]
+        source: io::Error,
+    },
+    /// No job has this name or id.
+    #[error("no job `{0}`")]
+    None(String),
+    /// Several jobs have an id that starts so.
+    #[error("several jobs start with `{0}`")]
+    Several(String),
+    /// An open job has the name already.
+    #[error("job {0} has that name already")]
+    NameTaken(String),
+    /// Not a name.
+    #[error("`{0}` is no name for a job: letters, digits, `.`, `_` and `-`, at most {NAME_MAX}")]
+    BadName(String),
+}
+
+impl JobsError {
+    /// What to do about it, one line.
+    pub fn hint(&self) -> Option<&'static str> {
+        match self {
+            JobsError::None(_) => Some("onde ps --all lists them"),
+            JobsError::Several(_) => Some("give more digits of the id: onde ps --json"),
+            JobsError::NameTaken(_) => Some("take another --name, or stop that job"),
+            JobsError::File { .. } | JobsError::BadName(_) => None,
+        }
+    }
+}
+
+/// The folder of job files.
+#[derive(Clone, Debug)]
+pub struct Jobs {
+    dir: PathBuf,
+}
+
+impl Jobs {
+    /// The job files in `dir`, which is created where missing.
+    pub fn open(dir: &Path) -> Result<Self, JobsError> {
+        DirBuilder::new()
+            .recursive(true)
+            .mode(0o700)
+            .create(dir)
+            .map_err(|source| JobsError::File { file: dir.to_owned(), source })?;
+        Ok(Self { dir: dir.to_owned() })
+    }
+
+    /// Adds a job file.
+    pub fn add(&self, job: &Job) -> Result<(), JobsError> {
+        let _lock = self.lock()?;
+        let jobs = self.list()?;
+        if let Some(name) = &job.name {
+            check_name(name)?;
+            let open = jobs.iter().find(|other| other.settled.is_none() && other.name == job.name);
+            if let Some(open) = open {
+                return Err(JobsError::NameTaken(open.short_id()));
+            }
+        }
+        let mut old: Vec<_> = jobs.iter().filter(|job| job.settled.is_some()).collect();
+        old.sort_by_key(|job| job.settled.map(|settled| settled.at));
+        let surplus = (jobs.len() + 1).saturating_sub(JOBS_MAX);
+        for job in old.into_iter().take(surplus) {
+            let file = self.file(&job.id.0);
+            fs::remove_file(&file).map_err(|source| JobsError::File { file, source })?;
+        }
+        self.write(job)
+    }
+
+    /// Changes a job's file and returns the job as it is then.
+    pub fn update(&self, id: &JobId, change: impl FnOnce(&mut Job)) -> Result<Job, JobsError> {
+        let _lock = self.lock()?;
+        let mut job = self.read(&self.file(id))?;
+        change(&mut job);
+        self.write(&job)?;
+        Ok(job)
+    }
+
+    /// All jobs, newest first.
+    pub fn list(&self) -> Result<Vec<Job>, JobsError> {
+        let failed = |source| JobsError::File { file: self.dir.clone(), source };
+        let mut jobs = Vec::new();
+        for entry in fs::read_dir(&self.dir).map_err(failed)? {
+            let file = entry.map_err(failed)?.path();
+            if file.extension().is_some_and(|extension| extension == "json") {
+                jobs.push(self.read(&file)?);
+            }
+        }
+        jobs.sort_by_key(|job| (std::cmp::Reverse(job.opened_at), job.id));
+        Ok(jobs)
+    }
+
+    /// The job with this name, or whose id starts so. Of several with the name, the open one or else the newest.
+    pub fn find(&self, text: &str) -> Result<Job, JobsError> {
+        let mut jobs = self.list()?;
+        jobs.sort_by_key(|job| job.settled.is_some());
+        if let Some(job) = jobs.iter().find(|job| job.name.as_deref() == Some(text)) {
+            return Ok(job.clone());
+        }
+        jobs.retain(|job| !text.is_empty() && job.id.to_string().starts_with(text));
+        match &jobs[..] {
+            [] => Err(JobsError::None(text.to_owned())),
+            [job] => Ok(job.clone()),
+            _ => Err(JobsError::Several(text.to_owned())),
+        }
+    }
+
+    /// The log file of a job's home node.
+    pub fn log_file(&self, id: &JobId) -> PathBuf {
+        self.dir.join(format!("{}.log", Hex(*id)))
+    }
+
+    fn file(&self, id: &JobId) -> PathBuf {
+        self.dir.join(format!("{}.json", Hex(*id)))
+    }
+
+    fn lock(&self) -> Result<File, JobsError> {
+        let file = self.dir.join("lock");
+        let lock = || -> io::Result<File> {
+            let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(&file)?;
+            flock(&lock, FlockOperation::LockExclusive)?;
+            Ok(lock)
+        };
+        lock().map_err(|source| JobsError::File { file, source })
+    }
+
+    fn read(&self, file: &Path) -> Result<Job, JobsError> {
+        let failed = |source| JobsError::File { file: file.to_owned(), source };
+        let bytes = fs::read(file).map_err(failed)?;
+        serde_json::from_slice(&bytes).map_err(|_| failed(ErrorKind::InvalidData.into()))
+    }
+
+    fn write(&self, job: &Job) -> Result<(), JobsError> {
+        let (file, aside) = (self.file(&job.id.0), self.dir.join("new"));
+        let bytes = serde_json::to_vec_pretty(job).expect("a job is JSON");
+        let write = || -> io::Result<()> {
+            // Under the lock nobody else writes aside; a leftover is from a crash.
+            match fs::remove_file(&aside) {
+                Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+            let mut out =
+                OpenOptions::new().write(true).create_new(true).mode(0o600).open(&aside)?;
+            out.write_all(&bytes)?;
+            out.sync_all()?;
+            fs::rename(&aside, &file)
+        };
+        write().map_err(|source| JobsError::File { file: file.clone(), source })
+    }
+}
+
+fn check_name(name: &str) -> Result<(), JobsError> {
+    let is_good = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
+    match (1..=NAME_MAX).contains(&name.len()) && name.chars().all(is_good) {
+        true => Ok(()),
+        false => Err(JobsError::BadName(name.to_owned())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::PermissionsExt;
+
+    /// A folder of its own for a test, gone with it.
+    struct Folder(PathBuf);
+
+    impl Folder {
+        fn new(name: &str) -> Self {
+            let name = format!("onde-client-{name}-{}", std::process::id());
+            Self(std::env::temp_dir().join(name))
+        }
+    }
+
+    impl Drop for Folder {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    fn job(id: [u8; 16], name: Option<&str>, opened_at: u64) -> Job {
+        Job {
+            id: Hex(id),
+            key: Hex([1; 32]),
+            name: name.map(str::to_owned),
+            title: "ls".to_owned(),
+            context: "lab".to_owned(),
+            node: 1,
+            node_ipv4: Ipv4Addr::LOCALHOST,
+            guest_ipv4: Ipv4Addr::LOCALHOST,
+            mem_mib: 256,
+            vcpus: 1,
+            value_micro: 1_000_000,
+            sold: 10,
+            budget: 100,
+            opened_at,
+            has_agent: true,
+            purchase: None,
+            payments: vec![Payment { index: 20, value: Hex([2; 32]) }],
+            settled: None,
+        }
+    }
+
+    #[test]
+    fn finds_jobs_by_name_and_by_the_first_digits_of_their_id() {
+        let folder = Folder::new("find");
+        let jobs = Jobs::open(&folder.0).unwrap();
+        let (a, b) = (job([0xA1; 16], Some("solve"), 5), job([0xA2; 16], None, 9));
+        jobs.add(&a).unwrap();
+        jobs.add(&b).unwrap();
+        assert_eq!(jobs.list().unwrap(), [b.clone(), a.clone()]);
+        assert_eq!(jobs.find("solve").unwrap(), a);
+        assert_eq!(jobs.find("a2").unwrap(), b);
+        assert!(matches!(jobs.find("a"), Err(JobsError::Several(_))));
+        assert!(matches!(jobs.find(""), Err(JobsError::None(_))));
+        let again = job([0xB0; 16], Some("solve"), 10);
+        assert!(matches!(jobs.add(&again), Err(JobsError::NameTaken(_))));
+        assert!(matches!(jobs.add(&job([0; 16], Some("a/b"), 1)), Err(JobsError::BadName(_))));
+        let settled = Settled { by: SettledBy::Certificate, paid_micro: 1, refund_micro: 1, at: 1 };
+        jobs.update(&a.id.0, |job| job.settled = Some(settled)).unwrap();
+        jobs.add(&again).unwrap();
+        assert_eq!(jobs.find("solve").unwrap(), again);
+    }
+
+    #[test]
+    fn keeps_secrets_and_concurrent_changes() {
+        let folder = Folder::new("update");
+        let jobs = Jobs::open(&folder.0).unwrap();
+        jobs.add(&job([7; 16], None, 1)).unwrap();
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    (0..25).for_each(|_| {
+                        jobs.update(&[7; 16], |job| job.sold += 1).unwrap();
+                    })
+                });
+            }
+        });
+        assert_eq!(jobs.find("0707").unwrap().sold, 110);
+        for (file, mode) in [(folder.0.clone(), 0o700), (jobs.file(&[7; 16]), 0o600)] {
+            assert_eq!(fs::metadata(file).unwrap().permissions().mode() & 0o777, mode);
+        }
+    }
+}
