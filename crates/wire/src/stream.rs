@@ -161,8 +161,7 @@ enum Phase {
     Done,
 }
 
-/// Judges a stream as it comes in: `head` for each record's head, then `payload` for its payload,
-/// which may come in pieces for [`Self::update`] before.
+/// Judges a stream as it comes in: `head` for each record's head, then `payload` for its payload.
 pub struct Checker {
     expect: Start,
     phase: Phase,
