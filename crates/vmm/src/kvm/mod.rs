@@ -10,8 +10,9 @@ use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
 
 use kvm_bindings::{
-    CpuId, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY, kvm_irqchip,
-    kvm_userspace_memory_region,
+    CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use onde_wire::machine::{BOOT_START, INFO_START};
@@ -31,6 +32,9 @@ const SLOT_INFO: u32 = 3;
 /// Pages that Intel hosts without "unrestricted guest" need: below the local APICs, in the hole.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
 const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
+
+/// Lines of KVM's I/O APIC.
+const IOAPIC_PINS: u32 = 24;
 
 /// A virtual machine.
 pub struct Vm {
@@ -56,9 +60,26 @@ impl Vm {
         let mut vm = Self { fd, cpuid, ioapic: kvm_irqchip::default() };
         vm.set_slots(view, info).fault(Part::Kvm, "set memory slots")?;
         vm.fd.create_irq_chip().fault(Part::Kvm, "create interrupt controllers")?;
+        vm.route_interrupts().fault(Part::Kvm, "route interrupts")?;
         vm.ioapic.chip_id = KVM_IRQCHIP_IOAPIC;
         vm.fd.get_irqchip(&mut vm.ioapic).fault(Part::Kvm, "read the I/O APIC")?;
         Ok(vm)
+    }
+
+    /// Leads every line to the I/O APIC alone. KVM's default leads the first 16 to the old PIC too,
+    /// which no hardware-reduced guest masks: its interrupts would look like exceptions.
+    fn route_interrupts(&self) -> io::Result<()> {
+        let route = |gsi| kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_IRQCHIP,
+            u: kvm_irq_routing_entry__bindgen_ty_1 {
+                irqchip: kvm_irq_routing_irqchip { irqchip: KVM_IRQCHIP_IOAPIC, pin: gsi },
+            },
+            ..Default::default()
+        };
+        let routes: Vec<_> = (0..IOAPIC_PINS).map(route).collect();
+        let routing = KvmIrqRouting::from_entries(&routes).map_err(io::Error::other)?;
+        self.fd.set_gsi_routing(&routing).map_err(io::Error::from)
     }
 
     fn set_slots(&self, view: &View, info: &MmapRegion) -> io::Result<()> {

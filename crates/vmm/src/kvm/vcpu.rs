@@ -20,7 +20,7 @@ use onde_wire::machine::{COLD_SIZE, ColdStart, VmmEvent};
 use onde_wire::token::PaymentToken;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::ioctl::ioctl_with_ref;
-use vmm_sys_util::signal::{SIGRTMIN, block_signal, clear_signal};
+use vmm_sys_util::signal::{SIGRTMIN, clear_signal};
 
 use super::registers::ResetState;
 use crate::control::Request;
@@ -82,9 +82,8 @@ impl Vcpu {
         }
     }
 
-    /// Blocks the kick signal in this thread, except inside KVM_RUN.
+    /// Lets the kick signal, which this thread inherited blocked, through inside KVM_RUN.
     fn set_signal_mask(&self) -> Result<(), Fault> {
-        block_signal(kick_signal()).fault(Part::Vcpu, "block the kick signal")?;
         /// `struct kvm_signal_mask` with room for the kernel's 64 signals.
         #[repr(C, packed)]
         struct Mask {
