@@ -19,8 +19,7 @@ impl Inet {
     /// Opens the socket that carries the ioctls.
     pub fn open() -> io::Result<Self> {
         let flags = SocketFlags::CLOEXEC;
-        let socket =
-            rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)?;
+        let socket = rustix::net::socket_with(AddressFamily::INET, SocketType::DGRAM, flags, None)?;
         Ok(Self { socket })
     }
 

@@ -1,0 +1,125 @@
+//! Whether a boot token can be taken: the checks of BOOT that need no kernel. Called by [`crate::node`]; the
+//! token's tag was checked by `packetd`. Never changes anything.
+
+use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
+use onde_wire::packet::Status;
+use onde_wire::plan::{self, Plan};
+use onde_wire::token::BootToken;
+
+use crate::meter::burn_max;
+use crate::node::Config;
+
+/// Most micro-tokens that a payment token may be worth: with a 32-bit count the balance fits 64 bits.
+const VALUE_MAX: u64 = u32::MAX as u64;
+
+/// Memory that a VM of `mem_mib` takes from the node, MiB: its RAM, the 8 MiB of BOOT, the VMM's own
+/// memory (some MiB, measured), and tables of KVM and the kernel for each page. Also its cgroup's
+/// limit: too low and a guest that uses all its RAM is killed, too high and fewer VMs fit.
+pub fn held_mib(mem_mib: u32) -> u32 {
+    mem_mib + HELD_BASE_MIB + mem_mib / HELD_SHARE
+}
+
+const HELD_BASE_MIB: u32 = 24;
+const HELD_SHARE: u32 = 64;
+
+/// The largest VM that fits `free_mib`: what HELLO calls free.
+pub fn fits_mib(free_mib: u32) -> u32 {
+    let most = u64::from(free_mib.saturating_sub(HELD_BASE_MIB));
+    (most * u64::from(HELD_SHARE) / u64::from(HELD_SHARE + 1)) as u32
+}
+
+/// Checks a token against this node; whether there is room is the caller's question.
+pub fn check(config: &Config, token: &BootToken, now_ms: u64) -> Result<(), Status> {
+    if token.incarnation != config.incarnation {
+        return Err(Status::OtherIncarnation);
+    }
+    if now_ms > token.expiry_ms {
+        return Err(Status::Expired);
+    }
+    let sane = token.node == config.node
+        && (MEM_MIB_MIN..=MEM_MIB_MAX).contains(&token.mem_mib)
+        && (1..=VCPUS_MAX).contains(&token.vcpus)
+        && (1..=VALUE_MAX).contains(&token.value_micro)
+        && (1..=30).contains(&token.prefix_len)
+        && is_guest_ipv4(&config.plan, token.ipv4)
+        && is_guest_mac(config, token.mac);
+    if !sane {
+        return Err(Status::BadLimits);
+    }
+    // A VM that uses more processors at once than there are would only wait for itself. No node has disks yet.
+    if token.vcpus > config.cpus || token.disk_mib > 0 {
+        return Err(Status::NoRoom);
+    }
+    if token.first_count == 0 && burn_max(&config.prices, token) > 0 {
+        return Err(Status::BadPayment);
+    }
+    Ok(())
+}
+
+/// Whether an address can be a guest's: a host's, and not one that the plan gives to nodes and mstraps.
+fn is_guest_ipv4(plan: &Plan, ipv4: [u8; 4]) -> bool {
+    (1..=223).contains(&ipv4[0]) && ipv4[0] != 127 && !is_nodes(plan, ipv4)
+}
+
+/// Whether the plan gives an address to nodes: its lower half.
+fn is_nodes(plan: &Plan, ipv4: [u8; 4]) -> bool {
+    let number = u32::from_be_bytes;
+    (number(plan.node(0)) - 1..number(plan.guest(0)) - 1).contains(&number(ipv4))
+}
+
+/// Whether a MAC can be a guest's: one interface's, not the node's own, and none that mstraps use.
+fn is_guest_mac(config: &Config, mac: [u8; 6]) -> bool {
+    let planned = [mac[2], mac[3], mac[4], mac[5]];
+    let is_mstrap = mac == plan::mac(planned) && is_nodes(&config.plan, planned);
+    mac[0] & 1 == 0 && mac != [0; 6] && mac != config.mac && !is_mstrap
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::samples::{config, token};
+
+    fn check_that(change: impl FnOnce(&mut BootToken), expect: Result<(), Status>) {
+        let mut token = token(1);
+        change(&mut token);
+        assert_eq!(check(&config(), &token, 1000), expect, "{token:?}");
+    }
+
+    #[test]
+    fn takes_what_makes_sense_and_nothing_else() {
+        check_that(|_| {}, Ok(()));
+        check_that(|t| t.incarnation = [9; 16], Err(Status::OtherIncarnation));
+        check_that(|t| t.expiry_ms = 999, Err(Status::Expired));
+        check_that(|t| t.expiry_ms = 1000, Ok(()));
+        check_that(|t| t.node = [0; 16], Err(Status::BadLimits));
+        check_that(|t| t.mem_mib = MEM_MIB_MIN - 1, Err(Status::BadLimits));
+        check_that(|t| t.mem_mib = MEM_MIB_MAX + 1, Err(Status::BadLimits));
+        check_that(|t| t.vcpus = 0, Err(Status::BadLimits));
+        check_that(|t| t.vcpus = 3, Err(Status::NoRoom));
+        check_that(|t| t.disk_mib = 1, Err(Status::NoRoom));
+        check_that(|t| t.value_micro = 0, Err(Status::BadLimits));
+        check_that(|t| t.value_micro = VALUE_MAX + 1, Err(Status::BadLimits));
+        check_that(|t| t.first_count = 0, Err(Status::BadPayment));
+        check_that(|t| t.prefix_len = 0, Err(Status::BadLimits));
+    }
+
+    #[test]
+    fn a_guest_cannot_take_the_address_of_a_node() {
+        for ipv4 in [[198, 18, 0, 1], [198, 18, 200, 77], [127, 0, 0, 1], [224, 0, 0, 1], [0; 4]] {
+            check_that(|t| t.ipv4 = ipv4, Err(Status::BadLimits));
+        }
+        for mac in [[0; 6], [1, 2, 3, 4, 5, 6], config().mac, plan::mac([198, 18, 3, 2])] {
+            check_that(|t| t.mac = mac, Err(Status::BadLimits));
+        }
+        check_that(|t| t.ipv4 = [10, 0, 0, 1], Ok(()));
+    }
+
+    #[test]
+    fn what_hello_calls_free_fits() {
+        for free in [0, 24, 25, 100, 1024, 70_000, u32::MAX / 2] {
+            let fits = fits_mib(free);
+            assert!(held_mib(fits) <= free || fits == 0, "{fits} in {free}");
+        }
+        assert_eq!(fits_mib(held_mib(512)), 512);
+    }
+}

@@ -1,0 +1,164 @@
+//! Control groups (version 2, Documentation/admin-guide/cgroup-v2.rst): one for each VM, with its limits and its
+//! processor time. Called by [`crate::vm`]. Never moves a process after it has started.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::os::fd::{AsFd, BorrowedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+/// Controllers that cap a VM.
+const CONTROLLERS: [&str; 3] = ["cpu", "memory", "pids"];
+/// Most threads of a VMM: a vCPU has one, and there are a few more. A VMM that was taken over can make no more.
+const THREADS_BESIDE_VCPUS: u32 = 8;
+/// Period of the processor quota, microseconds: the kernel's default.
+const CPU_PERIOD_US: u64 = 100_000;
+
+/// The folder that all VMs' groups are in.
+pub struct Cgroups {
+    folder: PathBuf,
+    is_capped: bool,
+}
+
+/// One VM's group.
+pub struct Cgroup {
+    path: PathBuf,
+    folder: File,
+    cpu_stat: File,
+}
+
+impl Cgroups {
+    /// Prepares a folder called `name` for VMs' groups. `is_capped` demands the controllers; without them VMs
+    /// run unlimited.
+    pub fn open(name: &str, is_capped: bool) -> io::Result<Self> {
+        let mount = mount_point()?;
+        let own = own_group(&mount)?;
+        if let Some(own) = &own {
+            // A group with processes of its own cannot hand controllers on: this program moves into a leaf.
+            fs::create_dir_all(own.join("noded"))?;
+            fs::write(own.join("noded/cgroup.procs"), std::process::id().to_string())?;
+        }
+        let parent = own.unwrap_or(mount);
+        let folder = parent.join(name);
+        if is_capped {
+            enable(&parent)?;
+        }
+        fs::create_dir_all(&folder)?;
+        if is_capped {
+            enable(&folder)?;
+        }
+        Ok(Self { folder, is_capped })
+    }
+
+    /// Makes the group of a VM. `mem_mib` is for the VM and its VMM together.
+    pub fn create(&self, name: &str, mem_mib: u32, vcpus: u16) -> io::Result<Cgroup> {
+        let path = self.folder.join(name);
+        fs::create_dir(&path)?;
+        let folder = File::open(&path)?;
+        let cpu_stat = File::open(path.join("cpu.stat"))?;
+        let group = Cgroup { path, folder, cpu_stat };
+        if self.is_capped {
+            group.cap(mem_mib, vcpus).inspect_err(|_| {
+                group.remove();
+            })?;
+        }
+        Ok(group)
+    }
+
+    /// Removes groups that a former life of this program left behind.
+    pub fn sweep(&self) -> io::Result<()> {
+        for entry in fs::read_dir(&self.folder)? {
+            let path = entry?.path();
+            if path.is_dir() {
+                fs::write(path.join("cgroup.kill"), "1")?;
+                let _ = fs::remove_dir(path);
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Drop for Cgroups {
+    fn drop(&mut self) {
+        // Whatever is left in it shows up at the next start.
+        let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// Where version 2 is mounted.
+fn mount_point() -> io::Result<PathBuf> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo")?;
+    let mount = mounts.lines().find_map(|line| {
+        let (place, kind) = line.split_once(" - ")?;
+        kind.starts_with("cgroup2 ").then(|| place.split(' ').nth(4).map(PathBuf::from))?
+    });
+    mount.ok_or_else(|| io::Error::other("cgroup version 2 is not mounted"))
+}
+
+/// The group that this program was given for itself (systemd's `Delegate=`): it is alone in it. `None` where it is
+/// among others, and in the root group.
+fn own_group(mount: &Path) -> io::Result<Option<PathBuf>> {
+    let groups = fs::read_to_string("/proc/self/cgroup")?;
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    if path.is_empty() {
+        return Ok(None);
+    }
+    let own = mount.join(path);
+    let members = fs::read_to_string(own.join("cgroup.procs"))?;
+    Ok((members.trim() == std::process::id().to_string()).then_some(own))
+}
+
+/// Hands the controllers on to the groups inside this one.
+fn enable(folder: &Path) -> io::Result<()> {
+    let wanted = CONTROLLERS.map(|name| format!("+{name}")).join(" ");
+    fs::write(folder.join("cgroup.subtree_control"), wanted)
+}
+
+impl Cgroup {
+    fn cap(&self, mem_mib: u32, vcpus: u16) -> io::Result<()> {
+        let set = |file: &str, value: String| {
+            File::options().write(true).open(self.path.join(file))?.write_all(value.as_bytes())
+        };
+        set("memory.max", (u64::from(mem_mib) << 20).to_string())?;
+        // Killed whole: half a VMM is of no use.
+        set("memory.oom.group", "1".into())?;
+        set("cpu.max", format!("{} {CPU_PERIOD_US}", u64::from(vcpus) * CPU_PERIOD_US))?;
+        set("pids.max", (u32::from(vcpus) + THREADS_BESIDE_VCPUS).to_string())?;
+        match set("memory.swap.max", "0".into()) {
+            // A kernel without swap accounting has no such file, and then no swap that matters.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+            other => other,
+        }
+    }
+
+    /// Processor time of all that ever ran in it, microseconds.
+    pub fn cpu_us(&self) -> io::Result<u64> {
+        let mut text = [0u8; 512];
+        let size = self.cpu_stat.read_at(&mut text, 0)?;
+        usage_us(&text[..size]).ok_or_else(|| io::Error::other("cpu.stat has no usage_usec"))
+    }
+
+    /// Kills all that is in it.
+    pub fn kill(&self) -> io::Result<()> {
+        fs::write(self.path.join("cgroup.kill"), "1")
+    }
+
+    /// Removes it; whether it is gone. It cannot go while something in it is still dying.
+    pub fn remove(&self) -> bool {
+        match fs::remove_dir(&self.path) {
+            Ok(()) => true,
+            Err(error) => error.kind() == io::ErrorKind::NotFound,
+        }
+    }
+}
+
+impl AsFd for Cgroup {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.folder.as_fd()
+    }
+}
+
+fn usage_us(stat: &[u8]) -> Option<u64> {
+    let text = std::str::from_utf8(stat).ok()?;
+    text.lines().find_map(|line| line.strip_prefix("usage_usec "))?.parse().ok()
+}

@@ -1,0 +1,462 @@
+//! The node as pure state: who lives here, what each job paid, what has to happen next. [`Node::step`] takes
+//! an event and returns what the world is to do; [`crate::world`] does it, or a simulation pretends to.
+//! Never looks at a clock, a descriptor or a random number.
+
+use std::collections::BTreeMap;
+
+use onde_wire::handover::COOKIE_SIZE;
+use onde_wire::key::{self, Key};
+use onde_wire::machine::{Identity, Meter, VmmCommand, VmmEvent};
+use onde_wire::packet::{
+    Booted, CONSOLE_SLICE_MAX, ConsoleSlice, EndReason, Hello, Op, Packet, Paid, Prices, Reply,
+    Request, Status,
+};
+use onde_wire::plan::{self, Plan, SLOTS_MAX};
+use onde_wire::token::{BootToken, Incarnation, JobId, NodeId};
+
+use crate::admission;
+use crate::job::Job;
+use crate::meter::Reading;
+
+/// Most records kept: with 1.3 KiB each and the console's last words, 40 MiB at most. A node that ends more jobs
+/// than this in an hour forgets the oldest whose boot token has expired, so none can be replayed.
+pub const JOBS_MAX: usize = 16_384;
+/// How long the record of an ended job is kept at least: time for its customer to come for the certificate.
+const KEPT_MS: u64 = 3_600_000;
+/// How often old records are looked for.
+const SWEEP_MS: u64 = 60_000;
+
+/// What a node is told at its start.
+#[derive(Clone, Copy)]
+pub struct Config {
+    /// Number in the address plan.
+    pub number: u32,
+    /// MAC of its network card, which its id comes from.
+    pub mac: [u8; 6],
+    /// Its id.
+    pub node: NodeId,
+    /// Random for this life of the node.
+    pub incarnation: Incarnation,
+    /// The node key.
+    pub node_key: [u8; 32],
+    /// The address plan.
+    pub plan: Plan,
+    /// What it charges.
+    pub prices: Prices,
+    /// Processors.
+    pub cpus: u16,
+    /// Memory for VMs, MiB.
+    pub mem_mib: u32,
+}
+
+/// `packetd`'s note of whom to answer.
+pub type Cookie = [u8; COOKIE_SIZE];
+
+/// Whom to answer, and about what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Caller {
+    cookie: Cookie,
+    nonce: u64,
+    job: JobId,
+}
+
+/// The end of a VM's console, kept when the rest of the VM is gone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Tail {
+    /// Bytes the guest ever wrote.
+    pub total: u64,
+    /// The last of them, at most [`CONSOLE_SLICE_MAX`].
+    pub bytes: Vec<u8>,
+}
+
+/// A VM to make.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Spec {
+    /// Its info page; the seed is for the world to fill in.
+    pub identity: Identity,
+    /// RAM, MiB.
+    pub mem_mib: u32,
+    /// All the memory it may take with its VMM, MiB.
+    pub held_mib: u32,
+    /// Number of vCPUs.
+    pub vcpus: u16,
+}
+
+/// What happened.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "an event is one packet on the stack, never stored")]
+pub enum Event {
+    /// A request that `packetd` checked.
+    Packet(Cookie, Packet),
+    /// The VM of a slot is made, or could not be made and has left nothing behind.
+    Created(u32, bool),
+    /// A VMM spoke.
+    Vmm(u32, VmmEvent),
+    /// The counters asked for.
+    Read(u32, Reading),
+    /// The console bytes asked for.
+    Console(Caller, ConsoleSlice),
+    /// The VM's process is dead and all that it held is free.
+    Gone(u32, Tail),
+    /// It is time ([`Node::wake_ms`]).
+    Timer,
+}
+
+/// What the world is to do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[allow(clippy::large_enum_variant, reason = "effects are few and done at once")]
+pub enum Effect {
+    /// Answer through `packetd`.
+    Reply(Cookie, Packet),
+    /// Make a VM and say [`Event::Created`].
+    Create(u32, Spec),
+    /// Kill a VM, free all that it held, and then say [`Event::Gone`].
+    Kill(u32),
+    /// Read a VM's counters and say [`Event::Read`].
+    Read(u32),
+    /// Read a VM's console from this offset and say [`Event::Console`].
+    ReadConsole(u32, u64, Caller),
+    /// Write a VM's meter into its info page.
+    Publish(u32, Meter),
+    /// Tell a VMM.
+    Command(u32, VmmCommand),
+}
+
+struct Record {
+    job: Job,
+    tail: Tail,
+    /// Who waits for the VM to be made.
+    boot: Option<Caller>,
+    /// Who waits for the certificate: the last that asked.
+    stop: Option<Caller>,
+}
+
+/// A node.
+pub struct Node {
+    config: Config,
+    key: Key,
+    certificate_key: Key,
+    jobs: BTreeMap<JobId, Record>,
+    slots: Vec<Option<JobId>>,
+    /// The slot to try first: a slot's address rests as long as it can.
+    next_slot: u32,
+    mem_mib_free: u32,
+    sweep_ms: u64,
+}
+
+impl Node {
+    /// A node where nobody lives yet.
+    pub fn new(config: Config) -> Self {
+        let key = Key::new(&config.node_key);
+        Self {
+            certificate_key: Key::new(&key::certificate_key(&key)),
+            key,
+            jobs: BTreeMap::new(),
+            slots: vec![None; SLOTS_MAX as usize],
+            next_slot: 0,
+            mem_mib_free: config.mem_mib,
+            sweep_ms: 0,
+            config,
+        }
+    }
+
+    /// The answer to HELLO, as a template for `packetd`.
+    pub fn hello(&self, now_ms: u64) -> Packet {
+        let free = self.slots.iter().filter(|slot| slot.is_none()).count();
+        let hello = Hello {
+            node: self.config.node,
+            incarnation: self.config.incarnation,
+            number: self.config.number,
+            uptime_ms: now_ms,
+            mem_mib: self.config.mem_mib,
+            mem_mib_free: admission::fits_mib(self.mem_mib_free),
+            cpus: self.config.cpus,
+            slots_free: free as u16,
+            prices: self.config.prices,
+        };
+        Reply::Hello(hello).emit(0, &[0; 16], &self.key)
+    }
+
+    /// When [`Event::Timer`] is due; `None` while nobody lives here.
+    pub fn wake_ms(&self) -> Option<u64> {
+        let going = self.slots.iter().flatten().map(|id| &self.jobs[id].job);
+        going.filter(|job| job.is_going()).map(Job::due_ms).min()
+    }
+
+    /// Takes in an event and returns what is to be done, in this order. `now_ms` is the uptime and never
+    /// goes back.
+    pub fn step(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
+        match event {
+            Event::Packet(cookie, packet) => self.packet(now_ms, cookie, &packet),
+            Event::Created(slot, done) => self.created(now_ms, slot, done),
+            Event::Vmm(slot, event) => self.vmm(now_ms, slot, event),
+            Event::Read(slot, reading) => self.charge(now_ms, slot, reading),
+            Event::Console(caller, slice) => vec![self.reply(&caller, &Reply::Console(slice))],
+            Event::Gone(slot, tail) => self.gone(now_ms, slot, tail),
+            Event::Timer => self.timer(now_ms),
+        }
+    }
+
+    fn reply(&self, caller: &Caller, reply: &Reply) -> Effect {
+        let job_key = Key::new(&key::job_key(&self.key, &caller.job));
+        Effect::Reply(caller.cookie, reply.emit(caller.nonce, &caller.job, &job_key))
+    }
+
+    fn packet(&mut self, now_ms: u64, cookie: Cookie, packet: &Packet) -> Vec<Effect> {
+        let Some((request, nonce, job)) = Request::parse(packet) else { return vec![] };
+        let caller = Caller { cookie, nonce, job };
+        let refused = |status| Reply::Refused(request.op(), status);
+        if let Request::Boot(token, _) = request {
+            // The reply goes under the key of the job in the header: it has to be the token's.
+            return if token.job == job { self.boot(now_ms, caller, token) } else { vec![] };
+        }
+        let Some(record) = self.jobs.get_mut(&job) else {
+            return vec![self.reply(&caller, &refused(Status::NoJob))];
+        };
+        match request {
+            // `packetd` answers HELLO itself.
+            Request::Hello | Request::Boot(..) => vec![],
+            Request::Pay(token) => match record.job.pay(now_ms, &token) {
+                Ok(()) => self.paid(&caller),
+                Err(status) => vec![self.reply(&caller, &refused(status))],
+            },
+            Request::Status => {
+                let status = record.job.status(now_ms);
+                vec![self.reply(&caller, &Reply::Status(status))]
+            }
+            Request::Console(offset) => self.console(caller, offset),
+            Request::Stop => self.stop(now_ms, caller),
+        }
+    }
+
+    fn boot(&mut self, now_ms: u64, caller: Caller, token: BootToken) -> Vec<Effect> {
+        let known = self.jobs.get(&caller.job).map(|record| &record.job);
+        match known {
+            Some(job) if !job.is_going() => self.refuse_boot(&caller, Status::Ended),
+            Some(job) if *job.token() != token => self.refuse_boot(&caller, Status::BadLimits),
+            Some(job) => vec![self.reply(&caller, &self.booted(job))],
+            None => match self.admit(now_ms, &token) {
+                Ok(slot) => self.create(now_ms, caller, token, slot),
+                Err(status) => self.refuse_boot(&caller, status),
+            },
+        }
+    }
+
+    fn refuse_boot(&self, caller: &Caller, status: Status) -> Vec<Effect> {
+        vec![self.reply(caller, &Reply::Refused(Op::Boot, status))]
+    }
+
+    fn booted(&self, job: &Job) -> Reply {
+        let ipv4 = self.config.plan.mstrap(self.config.number, job.slot());
+        Reply::Boot(Booted { mac: plan::mac(ipv4), ipv4, balance_micro: job.balance_micro() })
+    }
+
+    /// The slot that this token's VM gets.
+    fn admit(&mut self, now_ms: u64, token: &BootToken) -> Result<u32, Status> {
+        admission::check(&self.config, token, now_ms)?;
+        let mut living = self.slots.iter().flatten().map(|id| self.jobs[id].job.token());
+        if living.any(|other| other.ipv4 == token.ipv4 || other.mac == token.mac) {
+            return Err(Status::BadLimits);
+        }
+        if admission::held_mib(token.mem_mib) > self.mem_mib_free {
+            return Err(Status::NoMemory);
+        }
+        let slot = (0..SLOTS_MAX)
+            .map(|i| (self.next_slot + i) % SLOTS_MAX)
+            .find(|slot| self.slots[*slot as usize].is_none());
+        if self.jobs.len() >= JOBS_MAX && !self.forget_oldest(now_ms) {
+            return Err(Status::NoRoom);
+        }
+        slot.ok_or(Status::NoRoom)
+    }
+
+    fn create(&mut self, now_ms: u64, caller: Caller, token: BootToken, slot: u32) -> Vec<Effect> {
+        let spec = self.spec(&token, slot);
+        let job = Job::new(token, slot, now_ms, &self.config.prices);
+        let record = Record { job, tail: Tail::default(), boot: Some(caller), stop: None };
+        self.jobs.insert(caller.job, record);
+        self.slots[slot as usize] = Some(caller.job);
+        self.next_slot = (slot + 1) % SLOTS_MAX;
+        self.mem_mib_free -= spec.held_mib;
+        vec![Effect::Create(slot, spec)]
+    }
+
+    fn spec(&self, token: &BootToken, slot: u32) -> Spec {
+        let boot_ipv4 = self.config.plan.mstrap(self.config.number, slot);
+        let identity = Identity {
+            job: token.job,
+            node: self.config.node,
+            job_key: key::job_key(&self.key, &token.job),
+            loader_sha256: token.loader_sha256,
+            seed: [0; 32],
+            mem_bytes: u64::from(token.mem_mib) << 20,
+            vcpus: token.vcpus.into(),
+            tsc_khz: 0,
+            boot_mac: plan::mac(boot_ipv4),
+            boot_ipv4,
+            mac: token.mac,
+            ipv4: token.ipv4,
+            gateway: token.gateway,
+            prefix_len: token.prefix_len,
+        };
+        let held_mib = admission::held_mib(token.mem_mib);
+        Spec { identity, mem_mib: token.mem_mib, held_mib, vcpus: token.vcpus }
+    }
+
+    /// The record of the job that lives in a slot.
+    fn tenant(&mut self, slot: u32) -> Option<&mut Record> {
+        let id = (*self.slots.get(slot as usize)?)?;
+        self.jobs.get_mut(&id)
+    }
+
+    fn created(&mut self, now_ms: u64, slot: u32, done: bool) -> Vec<Effect> {
+        let Some(record) = self.tenant(slot) else { return vec![] };
+        let (caller, meter) = (record.boot.take(), record.job.meter());
+        let mut effects = Vec::new();
+        if done {
+            effects.push(Effect::Publish(slot, meter));
+        } else {
+            record.job.end(now_ms, EndReason::Fault);
+            effects.extend(self.gone(now_ms, slot, Tail::default()));
+        }
+        if let Some(caller) = caller {
+            let reply = match done {
+                true => self.booted(&self.jobs[&caller.job].job),
+                false => Reply::Refused(Op::Boot, Status::NodeFault),
+            };
+            effects.push(self.reply(&caller, &reply));
+        }
+        effects
+    }
+
+    /// Answers a payment, and shows the guest its new balance.
+    fn paid(&self, caller: &Caller) -> Vec<Effect> {
+        let job = &self.jobs[&caller.job].job;
+        let paid = Paid { last_index: job.last_index(), balance_micro: job.balance_micro() };
+        vec![Effect::Publish(job.slot(), job.meter()), self.reply(caller, &Reply::Pay(paid))]
+    }
+
+    fn console(&self, caller: Caller, offset: u64) -> Vec<Effect> {
+        let record = &self.jobs[&caller.job];
+        if record.job.is_there() {
+            return vec![Effect::ReadConsole(record.job.slot(), offset, caller)];
+        }
+        vec![self.reply(&caller, &Reply::Console(record.tail.slice(offset)))]
+    }
+
+    fn stop(&mut self, now_ms: u64, caller: Caller) -> Vec<Effect> {
+        let Some(record) = self.jobs.get_mut(&caller.job) else { return vec![] };
+        if !record.job.is_there() {
+            return vec![self.certificate(&caller)];
+        }
+        record.stop = Some(caller);
+        let slot = record.job.slot();
+        self.end(now_ms, slot, EndReason::Stopped)
+    }
+
+    fn certificate(&self, caller: &Caller) -> Effect {
+        let job = &self.jobs[&caller.job].job;
+        let certificate = job.certificate(self.config.node, self.config.incarnation);
+        self.reply(caller, &Reply::Stop(certificate.sign(&self.certificate_key)))
+    }
+
+    /// Charges a VM a last time and takes it down, unless that is under way.
+    fn end(&mut self, now_ms: u64, slot: u32, reason: EndReason) -> Vec<Effect> {
+        match self.tenant(slot) {
+            Some(record) if record.job.is_going() => {
+                record.job.end(now_ms, reason);
+                vec![Effect::Read(slot), Effect::Kill(slot)]
+            }
+            _ => vec![],
+        }
+    }
+
+    fn vmm(&mut self, now_ms: u64, slot: u32, event: VmmEvent) -> Vec<Effect> {
+        let Some(record) = self.tenant(slot) else { return vec![] };
+        match event {
+            VmmEvent::Started => vec![],
+            VmmEvent::Resumed => {
+                record.job.resumed();
+                vec![Effect::Publish(slot, record.job.meter())]
+            }
+            VmmEvent::Pay(token) => {
+                let accepted = record.job.pay(now_ms, &token).is_ok();
+                vec![
+                    Effect::Publish(slot, record.job.meter()),
+                    Effect::Command(slot, VmmCommand::PayDone(accepted)),
+                ]
+            }
+            VmmEvent::PowerOff => self.end(now_ms, slot, EndReason::PowerOff),
+            VmmEvent::Reset => self.end(now_ms, slot, EndReason::Reset),
+            VmmEvent::Fault(_) => self.end(now_ms, slot, EndReason::Fault),
+        }
+    }
+
+    fn charge(&mut self, now_ms: u64, slot: u32, reading: Reading) -> Vec<Effect> {
+        let prices = self.config.prices;
+        let Some(record) = self.tenant(slot) else { return vec![] };
+        let is_empty = record.job.charge(now_ms, reading, &prices);
+        if !record.job.is_going() {
+            return vec![];
+        }
+        if is_empty {
+            record.job.end(now_ms, EndReason::OutOfTokens);
+            return vec![Effect::Kill(slot)];
+        }
+        vec![Effect::Publish(slot, record.job.meter())]
+    }
+
+    fn gone(&mut self, now_ms: u64, slot: u32, tail: Tail) -> Vec<Effect> {
+        let Some(record) = self.tenant(slot) else { return vec![] };
+        record.job.gone(now_ms);
+        record.tail = tail;
+        let (held, caller) = (admission::held_mib(record.job.token().mem_mib), record.stop.take());
+        self.mem_mib_free += held;
+        self.slots[slot as usize] = None;
+        caller.map(|caller| self.certificate(&caller)).into_iter().collect()
+    }
+
+    fn timer(&mut self, now_ms: u64) -> Vec<Effect> {
+        if now_ms >= self.sweep_ms {
+            self.sweep_ms = now_ms + SWEEP_MS;
+            self.jobs.retain(|_, record| !record.is_old(now_ms, KEPT_MS));
+        }
+        let mut effects = Vec::new();
+        for slot in 0..SLOTS_MAX {
+            let Some(job) = self.tenant(slot).map(|record| &record.job) else { continue };
+            if job.is_going() && job.is_late(now_ms) {
+                effects.extend(self.end(now_ms, slot, EndReason::BootTimeout));
+            } else if job.is_going() && now_ms >= job.due_ms() {
+                effects.push(Effect::Read(slot));
+            }
+        }
+        effects
+    }
+
+    /// Drops the record that ended first among those whose token nobody can show again.
+    fn forget_oldest(&mut self, now_ms: u64) -> bool {
+        let old = self.jobs.iter().filter(|(_, record)| record.is_old(now_ms, 0));
+        let oldest = old.min_by_key(|(_, record)| record.job.ended_ms()).map(|(id, _)| *id);
+        oldest.is_some_and(|id| self.jobs.remove(&id).is_some())
+    }
+}
+
+impl Record {
+    /// Whether the job is over for `kept_ms` and its boot token has expired.
+    fn is_old(&self, now_ms: u64, kept_ms: u64) -> bool {
+        let over = !self.job.is_there() && now_ms >= self.job.ended_ms() + kept_ms;
+        over && now_ms > self.job.token().expiry_ms
+    }
+}
+
+impl Tail {
+    /// What is kept of the console from this offset on.
+    fn slice(&self, offset: u64) -> ConsoleSlice {
+        let first = self.total.saturating_sub(self.bytes.len() as u64);
+        let offset = offset.clamp(first, self.total);
+        let bytes = &self.bytes[(offset - first) as usize..];
+        let mut data = [0; CONSOLE_SLICE_MAX];
+        data[..bytes.len()].copy_from_slice(bytes);
+        ConsoleSlice { offset, total: self.total, len: bytes.len() as u16, data }
+    }
+}

@@ -1,0 +1,295 @@
+//! One VM as the kernel holds it: process, cgroup, tap and its filter, console ring, info page. Made and read
+//! by [`crate::world`]. Dropping it frees all of it; nothing here decides whether a VM may live.
+
+use std::ffi::{CStr, CString};
+use std::fs::{self, File};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::fs::FileExt;
+use std::path::{Path, PathBuf};
+
+use onde_sys::link::Links;
+use onde_sys::spawn::{Jail, Program, spawn};
+use onde_sys::{bpf, tap};
+use onde_wire::machine::{
+    CONSOLE_RING_SIZE, INFO_METER, MESSAGE_SIZE, Meter, PAGE_SIZE, VmmCommand, VmmEvent, fds,
+};
+use onde_wire::packet::{CONSOLE_SLICE_MAX, ConsoleSlice};
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
+use rustix::pipe::PipeFlags;
+use rustix::process::{Pid, Signal};
+
+use crate::cgroup::{Cgroup, Cgroups};
+use crate::filter::{self, Pair};
+use crate::meter::Reading;
+use crate::node::Spec;
+
+/// First user id of VMMs; slot n runs as this plus n. Above all ids that a host gives to people and services.
+const FIRST_USER: u32 = 100_000;
+/// Most descriptors of a VMM: a vCPU has one and there can be 64, a device has a few.
+const FILES_MAX: u64 = 256;
+/// Most bytes that a VMM can say in the log: it says little, and one that was taken over must not fill it.
+const LOG_MAX: usize = 16 << 10;
+
+/// Where VMs are made: the same for all of a node.
+pub struct Place {
+    /// The bridge that taps become ports of.
+    pub bridge: CString,
+    /// `vmm`.
+    pub vmm: File,
+    /// The image that new VMs start with.
+    pub mstrap: PathBuf,
+    /// Mount point of the empty file system that VMMs have as their root.
+    pub empty: CString,
+    /// The parent of all cgroups.
+    pub cgroups: Cgroups,
+    /// Network interfaces.
+    pub links: Links,
+    /// `/dev/null`.
+    pub null: OwnedFd,
+}
+
+/// A VM.
+pub struct Vm {
+    /// Its process.
+    pub pid: Pid,
+    /// The end of its control socket that is ours.
+    pub control: OwnedFd,
+    /// The end of its log that is ours.
+    pub log: OwnedFd,
+    log_left: usize,
+    cgroup: Cgroup,
+    tap: OwnedFd,
+    sent: File,
+    console: File,
+    info: File,
+    /// Sequence count of the meter; even between two writes.
+    meter_seq: u32,
+    /// Keeps the filter on the tap.
+    _filter: OwnedFd,
+}
+
+/// What could not be made, and why.
+#[derive(Debug)]
+pub struct VmError(pub &'static str, pub io::Error);
+
+impl VmError {
+    fn at<E: Into<io::Error>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |error| Self(what, error.into())
+    }
+}
+
+impl Vm {
+    /// Makes a VM and starts its process. On failure nothing is left behind.
+    pub fn create(place: &Place, slot: u32, spec: &Spec) -> Result<Self, VmError> {
+        let name = CString::new(format!("onde-{slot}")).expect("no zero in it");
+        let tap = tap::open(&name).map_err(VmError::at("tap"))?;
+        let filter = connect(place, &name, spec).map_err(VmError::at("network"))?;
+        let sent = File::open(statistics(&name, "rx_bytes")).map_err(VmError::at("counter"))?;
+        let console = memory(c"console", PAGE_SIZE + CONSOLE_RING_SIZE)
+            .map_err(VmError::at("console ring"))?;
+        let info = info_page(spec).map_err(VmError::at("info page"))?;
+        let (control, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(VmError::at("socket"))?;
+        let (log, their_log) =
+            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(VmError::at("log"))?;
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        let kvm = kvm.map_err(VmError::at("/dev/kvm"))?;
+        let mstrap = File::open(&place.mstrap).map_err(VmError::at("mstrap"))?;
+        let cgroup = place.cgroups.create(&format!("vm-{slot}"), spec.held_mib, spec.vcpus);
+        let cgroup = cgroup.map_err(VmError::at("cgroup"))?;
+        let program = Program {
+            file: place.vmm.as_fd(),
+            args: &arguments(spec),
+            fds: &[
+                (place.null.as_fd(), 0),
+                (place.null.as_fd(), 1),
+                (their_log.as_fd(), 2),
+                (theirs.as_fd(), fds::CONTROL),
+                (kvm.as_fd(), fds::KVM),
+                (tap.as_fd(), fds::TAP),
+                (mstrap.as_fd(), fds::MSTRAP),
+                (console.as_fd(), fds::CONSOLE),
+                (info.as_fd(), fds::INFO),
+            ],
+            jail: Some(Jail {
+                user: FIRST_USER + slot,
+                cgroup: cgroup.as_fd(),
+                root: &place.empty,
+                files_max: FILES_MAX,
+            }),
+        };
+        let spawned = spawn(&program).map_err(VmError::at("process"));
+        let pid = spawned.inspect_err(|_| {
+            cgroup.remove();
+        })?;
+        Ok(Self {
+            pid,
+            control,
+            log,
+            log_left: LOG_MAX,
+            cgroup,
+            tap,
+            sent,
+            console,
+            info,
+            meter_seq: 0,
+            _filter: filter,
+        })
+    }
+
+    /// Its counters now.
+    pub fn read(&self) -> io::Result<Reading> {
+        Ok(Reading { cpu_us: self.cgroup.cpu_us()?, sent_bytes: number(&self.sent)? })
+    }
+
+    /// Starts its end; the process is gone when it can be waited for.
+    pub fn kill(&self) {
+        // Either one does it; both, because a cgroup may not know `cgroup.kill` (before Linux 5.14).
+        let _ = self.cgroup.kill();
+        let _ = rustix::process::kill_process(self.pid, Signal::KILL);
+    }
+
+    /// Frees all that it held. Call it when the process is gone. Returns its cgroup if that cannot go yet.
+    pub fn free(self) -> Option<Cgroup> {
+        // A VMM that was taken over may have asked for a tap that stays.
+        let _ = tap::forget(&self.tap);
+        (!self.cgroup.remove()).then_some(self.cgroup)
+    }
+
+    /// Shows the guest its meter: sequence count odd, contents, sequence count even.
+    pub fn publish(&mut self, meter: &Meter) -> io::Result<()> {
+        let at = INFO_METER as u64;
+        self.meter_seq = self.meter_seq.wrapping_add(2);
+        let bytes = meter.emit(self.meter_seq);
+        self.info.write_all_at(&(self.meter_seq - 1).to_le_bytes(), at)?;
+        self.info.write_all_at(&bytes[4..], at + 4)?;
+        self.info.write_all_at(&bytes[..4], at)
+    }
+
+    /// The next word of the VMM; `Ok(None)` where none waits, `Err` when it has closed its end or talks
+    /// nonsense.
+    pub fn hear(&self) -> io::Result<Option<VmmEvent>> {
+        let mut message = [0u8; MESSAGE_SIZE + 1];
+        match rustix::net::recv(&self.control, &mut message[..], RecvFlags::DONTWAIT) {
+            Ok((size, _)) => {
+                let event = VmmEvent::parse(&message[..size]);
+                event.map(Some).ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+            }
+            Err(rustix::io::Errno::AGAIN) => Ok(None),
+            Err(errno) => Err(errno.into()),
+        }
+    }
+
+    /// Tells the VMM; one that does not listen misses it.
+    pub fn tell(&self, command: VmmCommand) {
+        let _ = rustix::net::send(&self.control, &command.emit(), SendFlags::DONTWAIT);
+    }
+
+    /// What it wrote to its log since the last time, printable; `None` at the log's end. Call it only
+    /// when there is something to read.
+    pub fn log_text(&mut self) -> Option<String> {
+        let mut bytes = [0u8; 1024];
+        let size = rustix::io::read(&self.log, &mut bytes[..]).unwrap_or(0);
+        let told = size.min(self.log_left);
+        self.log_left -= told;
+        let text = String::from_utf8_lossy(&bytes[..told]);
+        let printable = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
+        (size > 0).then(|| text.chars().map(printable).collect())
+    }
+
+    /// A slice of its console from this offset, or the oldest still kept.
+    pub fn console(&self, offset: u64) -> io::Result<ConsoleSlice> {
+        console_slice(&self.console, offset)
+    }
+
+    /// The last of its console.
+    pub fn console_end(&self) -> io::Result<ConsoleSlice> {
+        let total = console_total(&self.console)?;
+        console_slice(&self.console, total.saturating_sub(CONSOLE_SLICE_MAX as u64))
+    }
+}
+
+fn arguments(spec: &Spec) -> Vec<CString> {
+    let [mem, vcpus] = [spec.mem_mib.to_string(), spec.vcpus.to_string()];
+    ["vmm", "--memory-mib", &mem, "--vcpus", &vcpus]
+        .map(|arg| CString::new(arg).expect("no zero in it"))
+        .to_vec()
+}
+
+/// Puts the filter on a tap, makes it a port of the bridge and switches it on, in this order.
+fn connect(place: &Place, name: &CStr, spec: &Spec) -> io::Result<OwnedFd> {
+    let identity = &spec.identity;
+    let program = bpf::load_xdp(&filter::assemble([
+        Pair { mac: identity.boot_mac, ipv4: identity.boot_ipv4 },
+        Pair { mac: identity.mac, ipv4: identity.ipv4 },
+    ]))?;
+    let filter = bpf::attach_xdp(program.as_fd(), place.links.index(name)?)?;
+    no_ipv6(name)?;
+    place.links.add_port(&place.bridge, name)?;
+    place.links.set_up(name, true)?;
+    Ok(filter)
+}
+
+/// Keeps the kernel from giving an interface an address of its own.
+pub fn no_ipv6(name: &CStr) -> io::Result<()> {
+    let switch = format!("/proc/sys/net/ipv6/conf/{}/disable_ipv6", name.to_string_lossy());
+    match fs::write(switch, "1") {
+        // A kernel without IPv6 has no such file.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
+    }
+}
+
+fn statistics(name: &CStr, counter: &str) -> PathBuf {
+    let folder = Path::new("/sys/class/net").join(name.to_string_lossy().as_ref());
+    folder.join("statistics").join(counter)
+}
+
+fn number(file: &File) -> io::Result<u64> {
+    let mut text = [0u8; 24];
+    let size = file.read_at(&mut text, 0)?;
+    let number = std::str::from_utf8(&text[..size]).ok().and_then(|text| text.trim().parse().ok());
+    number.ok_or_else(|| io::ErrorKind::InvalidData.into())
+}
+
+/// A memory file that neither end can shrink under the other.
+fn memory(name: &CStr, size: u64) -> io::Result<File> {
+    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+    rustix::fs::ftruncate(&fd, size)?;
+    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
+    Ok(fd.into())
+}
+
+fn info_page(spec: &Spec) -> io::Result<File> {
+    let mut identity = spec.identity;
+    crate::random(&mut identity.seed)?;
+    let file = memory(c"info", PAGE_SIZE)?;
+    file.write_all_at(&identity.emit(), 0)?;
+    Ok(file)
+}
+
+fn console_total(ring: &File) -> io::Result<u64> {
+    let mut head = [0u8; 8];
+    ring.read_exact_at(&mut head, 0)?;
+    Ok(u64::from_le_bytes(head))
+}
+
+/// Reads the ring. The count in its header is the VMM's word: all that follows from it stays inside the file.
+fn console_slice(ring: &File, offset: u64) -> io::Result<ConsoleSlice> {
+    let total = console_total(ring)?;
+    let offset = offset.clamp(total.saturating_sub(CONSOLE_RING_SIZE), total);
+    let len = (total - offset).min(CONSOLE_SLICE_MAX as u64) as usize;
+    let mut data = [0; CONSOLE_SLICE_MAX];
+    let start = offset % CONSOLE_RING_SIZE;
+    let before_end = len.min((CONSOLE_RING_SIZE - start) as usize);
+    ring.read_exact_at(&mut data[..before_end], PAGE_SIZE + start)?;
+    ring.read_exact_at(&mut data[before_end..len], PAGE_SIZE)?;
+    Ok(ConsoleSlice { offset, total, len: len as u16, data })
+}

@@ -1,0 +1,202 @@
+//! The kernel's side of the node: does what [`crate::node`] wants done and says what came of it. Called by
+//! [`crate::run`]. Holds VMs as things, never as jobs: no payment and no price is known here.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use onde_wire::handover::Handover;
+use onde_wire::machine::VmmEvent;
+use onde_wire::plan::SLOTS_MAX;
+use rustix::event::epoll;
+use rustix::process::Pid;
+
+use crate::cgroup::Cgroup;
+use crate::node::{Effect, Event, Tail};
+use crate::packetd::Packetd;
+use crate::vm::{Place, Vm, VmError};
+
+/// Words of one VMM taken in one turn of the loop; the rest wait, so that no VM keeps others from being heard.
+const WORDS_PER_TURN: usize = 4;
+
+/// What a poll event is about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// Signals wait.
+    Signals,
+    /// `packetd` spoke.
+    Packetd,
+    /// The VMM of this slot spoke.
+    Control(u32),
+    /// The VMM of this slot logged something.
+    Log(u32),
+}
+
+impl Source {
+    fn emit(self) -> u64 {
+        match self {
+            Source::Signals => 0,
+            Source::Packetd => 1,
+            Source::Control(slot) => 2 | u64::from(slot) << 32,
+            Source::Log(slot) => 3 | u64::from(slot) << 32,
+        }
+    }
+
+    /// Reads what [`epoll::wait`] gives back.
+    pub fn parse(data: u64) -> Self {
+        let slot = (data >> 32) as u32;
+        match data as u32 {
+            0 => Source::Signals,
+            1 => Source::Packetd,
+            2 => Source::Control(slot),
+            _ => Source::Log(slot),
+        }
+    }
+}
+
+/// The kernel objects of a node.
+pub struct World {
+    place: Place,
+    vms: Vec<Option<Vm>>,
+    /// Cgroups of VMs that are gone, while the kernel still holds on to them.
+    dying: Vec<Cgroup>,
+    poll: OwnedFd,
+    /// The program that speaks with the network.
+    pub packetd: Packetd,
+}
+
+impl World {
+    /// A world without VMs.
+    pub fn new(place: Place, packetd: Packetd) -> io::Result<Self> {
+        let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
+        let vms = (0..SLOTS_MAX).map(|_| None).collect();
+        Ok(Self { place, vms, dying: Vec::new(), poll, packetd })
+    }
+
+    /// Has the loop told when there is something to read.
+    pub fn watch(&self, fd: BorrowedFd<'_>, source: Source) -> io::Result<()> {
+        let data = epoll::EventData::new_u64(source.emit());
+        Ok(epoll::add(&self.poll, fd, data, epoll::EventFlags::IN)?)
+    }
+
+    /// What to poll.
+    pub fn poll(&self) -> BorrowedFd<'_> {
+        self.poll.as_fd()
+    }
+
+    /// Whether no VM's process is left.
+    pub fn is_empty(&self) -> bool {
+        self.vms.iter().all(Option::is_none)
+    }
+
+    /// Kills every VM.
+    pub fn kill_all(&self) {
+        self.vms.iter().flatten().for_each(Vm::kill);
+    }
+
+    /// Does one thing, and returns the event that it has at once.
+    pub fn apply(&mut self, effect: Effect) -> Option<Event> {
+        match effect {
+            Effect::Reply(cookie, packet) => {
+                self.packetd.tell(&Handover::Down(cookie, packet));
+                None
+            }
+            Effect::Create(slot, spec) => {
+                let made = Vm::create(&self.place, slot, &spec).map(|vm| self.add(slot, vm));
+                if let Err(VmError(what, error)) = &made {
+                    println!("onde: slot {slot}: cannot make its {what}: {error}");
+                }
+                Some(Event::Created(slot, made.is_ok()))
+            }
+            Effect::Kill(slot) => {
+                self.vm(slot)?.kill();
+                None
+            }
+            Effect::Read(slot) => match self.vm(slot)?.read() {
+                Ok(reading) => Some(Event::Read(slot, reading)),
+                Err(error) => {
+                    // The node's fault: what was used since the last charge is not charged.
+                    println!("onde: slot {slot}: cannot read its counters: {error}");
+                    Some(Event::Read(slot, crate::meter::Reading::default()))
+                }
+            },
+            Effect::ReadConsole(slot, offset, caller) => {
+                let slice = self.vm(slot)?.console(offset).ok()?;
+                Some(Event::Console(caller, slice))
+            }
+            Effect::Publish(slot, meter) => {
+                let _ = self.vm(slot)?.publish(&meter);
+                None
+            }
+            Effect::Command(slot, command) => {
+                self.vm(slot)?.tell(command);
+                None
+            }
+        }
+    }
+
+    fn vm(&mut self, slot: u32) -> Option<&mut Vm> {
+        self.vms.get_mut(slot as usize)?.as_mut()
+    }
+
+    fn add(&mut self, slot: u32, vm: Vm) {
+        let watched = self
+            .watch(vm.control.as_fd(), Source::Control(slot))
+            .and_then(|()| self.watch(vm.log.as_fd(), Source::Log(slot)));
+        if let Err(error) = watched {
+            // It goes the way of every VM whose process dies: we have to wait for that in any case.
+            println!("onde: slot {slot}: cannot listen to its vmm: {error}");
+            vm.kill();
+        }
+        self.vms[slot as usize] = Some(vm);
+    }
+
+    /// The events that a VMM has for us, a few at a time.
+    pub fn hear(&mut self, slot: u32) -> Vec<VmmEvent> {
+        let mut events = Vec::new();
+        let Some(Some(vm)) = self.vms.get(slot as usize) else { return events };
+        for _ in 0..WORDS_PER_TURN {
+            match vm.hear() {
+                Ok(Some(event)) => events.push(event),
+                Ok(None) => break,
+                Err(_) => {
+                    // Closed, or nonsense: it is not listened to any more. If it lives on, its guest keeps on
+                    // paying by packets; if not, we are told of its death.
+                    let _ = epoll::delete(&self.poll, &vm.control);
+                    break;
+                }
+            }
+        }
+        events
+    }
+
+    /// Prints what a VMM logged since the last time; whether there can be more.
+    pub fn print_log(&mut self, slot: u32) -> bool {
+        let Some(Some(vm)) = self.vms.get_mut(slot as usize) else { return false };
+        let Some(text) = vm.log_text() else {
+            let _ = epoll::delete(&self.poll, &vm.log);
+            return false;
+        };
+        text.lines().for_each(|line| println!("onde: slot {slot}: vmm: {line}"));
+        true
+    }
+
+    /// A child was waited for: frees all that a VM held if it was one's process.
+    pub fn buried(&mut self, pid: Pid) -> Option<Event> {
+        let is_its = |vm: &Option<Vm>| vm.as_ref().is_some_and(|vm| vm.pid == pid);
+        let slot = self.vms.iter().position(is_its)?;
+        // Ends: the only writer is dead, so this comes to the pipe's end.
+        while self.print_log(slot as u32) {}
+        let vm = self.vms[slot].take()?;
+        let tail = vm.console_end().map_or(Tail::default(), |slice| Tail {
+            total: slice.total,
+            bytes: slice.data[..slice.len.into()].to_vec(),
+        });
+        self.dying.extend(vm.free());
+        Some(Event::Gone(slot as u32, tail))
+    }
+
+    /// Removes cgroups that the kernel has let go of by now.
+    pub fn sweep(&mut self) {
+        self.dying.retain(|cgroup| !cgroup.remove());
+    }
+}
