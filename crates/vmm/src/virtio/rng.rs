@@ -2,6 +2,7 @@
 
 use std::io::{self, Write};
 
+use rustix::rand::{GetRandomFlags, getrandom};
 use virtio_queue::Queue;
 
 use super::ring::{self, Served};
@@ -43,7 +44,8 @@ impl Device for Rng {
             let mut writer = chain.writer(view).map_err(|_| Broken)?;
             let mut bytes = [0; CHUNK_SIZE];
             let size = writer.available_bytes().min(CHUNK_SIZE);
-            getrandom::fill(&mut bytes[..size]).map_err(|_| Broken)?;
+            let size =
+                getrandom(&mut bytes[..size], GetRandomFlags::empty()).map_err(|_| Broken)?;
             writer.write_all(&bytes[..size]).map_err(|_| Broken)?;
             Ok(size as u32)
         })
