@@ -2,12 +2,14 @@
 //! machine does with the whole workspace. Never part of what is shipped.
 #![forbid(unsafe_code)]
 
+mod bench;
 mod build;
 mod setup;
 mod step;
 mod tcb;
 mod test;
 
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Result;
@@ -29,6 +31,12 @@ enum Cmd {
     Build,
     /// Run all checks and tests, the lab's included
     Test,
+    /// Measure Onde beside its peers
+    Bench {
+        /// Write the figures to this file, too
+        #[arg(long, value_name = "FILE")]
+        json: Option<PathBuf>,
+    },
     /// Count the code that a customer or an owner has to trust
     Tcb,
 }
@@ -38,6 +46,7 @@ fn main() -> ExitCode {
         Cmd::Setup => setup::run(),
         Cmd::Build => build::run(),
         Cmd::Test => test::run(),
+        Cmd::Bench { json } => bench::run(json.as_deref()),
         Cmd::Tcb => tcb::run(),
     };
     report(done)

@@ -2,6 +2,7 @@
 //! the same that real metal would netboot. Built by `up`; never contains
 //! anything that is not in the list below or named by the caller.
 
+use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -72,9 +73,7 @@ pub fn build(file: &Path, kernel: &KernelCache, cluster: &[u8], extra: &[Extra])
     }
     image.add("etc/onde/cluster", ModeFileType::Regular, 0o600, cluster)?;
     image.add_modules(kernel)?;
-    for Extra { source, target } in extra {
-        image.add_file(target, source)?;
-    }
+    image.add_extras(extra)?;
     trailer(image.out)?.flush().with_context(|| format!("cannot write {}", file.display()))
 }
 
@@ -99,6 +98,18 @@ impl<W: Write> Image<W> {
         let data =
             std::fs::read(source).with_context(|| format!("cannot read {}", source.display()))?;
         self.add(name, ModeFileType::Regular, 0o755, &data)
+    }
+
+    /// The caller's files, and the folders that they need.
+    fn add_extras(&mut self, extra: &[Extra]) -> Result<()> {
+        let targets = extra.iter().map(|extra| Path::new(&extra.target));
+        let folders: BTreeSet<_> = targets.flat_map(|target| target.ancestors().skip(1)).collect();
+        for folder in folders.iter().filter_map(|folder| folder.to_str()) {
+            if !folder.is_empty() && !FOLDERS.contains(&folder) {
+                self.add(folder, ModeFileType::Directory, 0o755, &[])?;
+            }
+        }
+        extra.iter().try_for_each(|extra| self.add_file(&extra.target, &extra.source))
     }
 
     /// The modules and, in `etc/onde/modules`, the order to load them in.
