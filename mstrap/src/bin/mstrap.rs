@@ -75,11 +75,17 @@ fn boot() -> Result<i32, &'static str> {
         server.set_limits(limits);
         let handshake = match server.accept() {
             Ok(handshake) => handshake,
-            Err(_) => return Err("nobody brought a loader in time"),
+            Err(_) => {
+                server.close();
+                return Err("nobody brought a loader in time");
+            }
         };
         server.set_limits(Limits { deadline: handshake.min(deadline), ..limits });
         match serve(&mut server, &identity, &nonces.next_nonce(), record, limits, &mut area) {
-            Ok(status) => return Ok(status),
+            Ok(status) => {
+                server.close();
+                return Ok(status);
+            }
             Err(reason) if lines < LINES_MAX => log!("mstrap: client turned away: {reason}"),
             Err(_) => {}
         }

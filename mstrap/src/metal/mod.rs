@@ -31,6 +31,7 @@ impl<T> Lent<T> {
     }
 
     /// The value. To ask twice is our bug.
+    #[expect(clippy::mut_from_ref, reason = "the flag makes sure of what the signature cannot")]
     pub fn take(&'static self) -> &'static mut T {
         assert!(!self.taken.swap(true, Ordering::Relaxed), "lent already");
         // SAFETY: the flag makes this the only reference there ever is.

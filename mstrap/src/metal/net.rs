@@ -183,6 +183,12 @@ impl Net {
         }
     }
 
+    /// Whether the device has sent all that it was given.
+    pub fn is_all_sent(&mut self) -> bool {
+        self.tx.reclaim();
+        self.tx.free_count == TX_COUNT
+    }
+
     /// Runs `wait` if nothing has come in, such that what comes in meanwhile ends it.
     pub fn wait(&mut self, wait: impl FnOnce()) {
         if !self.rx.queue.arm() {

@@ -18,18 +18,23 @@ use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::{Duration, Instant};
 use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address, Ipv4Cidr};
 
-/// Time from a client's first packet until it has proven that it knows the job key.
-pub const HANDSHAKE: Duration = Duration::from_secs(3);
+/// Time from a client's first packet until it has proven that it knows the job key: three round trips, and
+/// an emulated node that is busy takes seconds for them.
+pub const HANDSHAKE: Duration = Duration::from_secs(5);
 /// Connections held at a time: one served, the others in line.
 const LINE: usize = 4;
 /// Receive window: a few milliseconds of a fast LAN, so that the sender is not held up while we decrypt.
 const RX_SIZE: usize = 256 << 10;
 /// Room for one report of [`crate::server::SEND_MAX`].
 const TX_SIZE: usize = 8 << 10;
+/// Bytes received that are worth a turn of the stack even if nobody waits for it.
+const TURN_MIN: usize = 4 << 10;
 /// Frames taken in before the stack gets to answer: a flood must not hold it up.
 const INGRESS_MAX: usize = 256;
 /// Rounds of sending in a turn; each sends at most one frame of each connection.
 const EGRESS_MAX: usize = 16;
+/// Milliseconds that the device gets to send the last frames.
+const CLOSE_TURNS: u32 = 100;
 /// Longest wait while clients are in line, so that their time is kept.
 const ACCEPT_WAIT: Duration = Duration::from_millis(500);
 
@@ -170,6 +175,15 @@ impl Server {
         self.turn();
     }
 
+    /// Cuts everybody off for good. Returns when they have been told or after a moment: the VM may end then.
+    pub fn close(&mut self) {
+        for client in self.line {
+            self.sockets.get_mut::<Socket>(client.handle).abort();
+        }
+        self.turn();
+        (0..CLOSE_TURNS).take_while(|_| !self.net.is_all_sent()).for_each(|_| control::idle(1));
+    }
+
     /// A turn of the stack, if there is time left.
     fn pump(&mut self) -> Result<(), Refused> {
         self.turn();
@@ -224,17 +238,21 @@ impl Link for Server {
         let mut filled = 0;
         let mut progress = self.clock.now();
         loop {
-            // First a turn of the stack: while we decrypt, the sender's window must open again.
-            self.pump()?;
             let count =
                 self.socket().recv_slice(&mut buffer[filled..]).map_err(|_| Refused::Closed)?;
             filled += count;
-            if filled == buffer.len() {
+            let full = filled == buffer.len();
+            if full && filled < TURN_MIN {
+                return Ok(());
+            }
+            // Also when all is there: while we decrypt it, the sender's window must open again.
+            self.pump()?;
+            if full {
                 return Ok(());
             }
             if count > 0 {
                 progress = self.clock.now();
-            } else {
+            } else if self.socket().recv_queue() == 0 {
                 self.wait_since(progress)?;
             }
         }
