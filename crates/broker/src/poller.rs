@@ -135,11 +135,13 @@ enum Kind {
 struct Asker {
     broker: Arc<Broker>,
     echo: Echo,
+    /// Whether the last round could not send something: said once, not every second.
+    is_failing: bool,
 }
 
 impl Asker {
     fn new(broker: &Arc<Broker>) -> Result<Self, EchoError> {
-        Ok(Self { broker: Arc::clone(broker), echo: Echo::open()? })
+        Ok(Self { broker: Arc::clone(broker), echo: Echo::open()?, is_failing: false })
     }
 
     /// A HELLO to node `number`. It has no tag, so the key does not matter.
@@ -160,17 +162,23 @@ impl Asker {
 
     /// Sends requests in bursts, reads answers meanwhile, and tells the broker.
     fn round(&mut self, asks: Vec<(u64, Pending)>) {
-        let mut waiting = HashMap::new();
-        let mut heard = Vec::new();
+        let (mut waiting, mut heard) = (HashMap::new(), Vec::new());
+        let mut failure = None;
         for (sent, (nonce, pending)) in (1..).zip(asks) {
-            if let Err(error) = self.echo.send(pending.ipv4, &pending.packet) {
-                tracing::warn!(node = %pending.ipv4, %error, "sending");
+            match self.echo.send(pending.ipv4, &pending.packet) {
+                Ok(()) => drop(waiting.insert(nonce, pending)),
+                Err(error) => failure = Some(anyhow::Error::from(error)),
             }
-            waiting.insert(nonce, pending);
             if sent % BURST == 0 {
                 self.read(&mut waiting, &mut heard, Instant::now() + BURST_TIME);
             }
         }
+        match &failure {
+            Some(error) if !self.is_failing => tracing::warn!("cannot send: {error:#}"),
+            None if self.is_failing => tracing::info!("can send again"),
+            _ => {}
+        }
+        self.is_failing = failure.is_some();
         self.read(&mut waiting, &mut heard, Instant::now() + ANSWER_TIME);
         if let Err(refusal) = self.broker.hear(&heard, Instant::now()) {
             tracing::error!(?refusal, "taking in what nodes said");

@@ -1,0 +1,198 @@
+//! A broker over a ledger in a directory of its own, nodes that tests invent, and an HTTP client: what the tests
+//! of this crate share. The server and its ledger are the real ones; only the poller is left out.
+
+#![allow(dead_code, reason = "each test program uses its part of this")]
+
+use onde_broker::Broker;
+use onde_broker::http;
+use onde_broker::ledger::Ledger;
+use onde_broker::watch::Heard;
+use onde_client::api::*;
+use onde_wire::cluster::Cluster;
+use onde_wire::key::{Key, certificate_key, node_key};
+use onde_wire::machine::Stage;
+use onde_wire::packet::{EndReason, Hello, JobStatus, Prices};
+use onde_wire::token::{CERTIFICATE_SIZE, Certificate};
+use serde::Serialize;
+use serde::de::DeserializeOwned;
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Instant;
+
+pub const OPERATOR: &str = "onde_0123456789012345678901234567890123456789";
+pub const SECRET: [u8; 32] = [0x5e; 32];
+pub const TOKEN: u64 = onde_wire::cluster::TOKEN_MICRO;
+
+pub fn cluster() -> Cluster {
+    let secret = "5e".repeat(32);
+    Cluster::parse(&format!("secret={secret}\nnetwork=198.18.0.0/15\n")).expect("a cluster file")
+}
+
+pub fn broker(dir: &Path, now: Instant) -> Arc<Broker> {
+    let ledger = Ledger::open(&dir.join("ledger.db")).expect("a ledger");
+    Arc::new(Broker::new(cluster(), ledger, OPERATOR, now))
+}
+
+/// Serves until the process ends; gives the address.
+pub fn serve(broker: Arc<Broker>) -> String {
+    let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    listener.set_nonblocking(true).expect("a socket");
+    std::thread::spawn(move || {
+        let runtime = tokio::runtime::Runtime::new().expect("a runtime");
+        runtime.block_on(async {
+            let listener = tokio::net::TcpListener::from_std(listener).expect("a socket");
+            http::serve(listener, broker, std::future::pending()).await.expect("serves");
+        });
+    });
+    url
+}
+
+/// Node `number` in its `life`-th life, 1000 MiB and 4 slots, up for 10 s; dearer with its number.
+pub fn hello(number: u32, life: u8) -> Hello {
+    Hello {
+        node: [number as u8; 16],
+        incarnation: [life; 16],
+        number,
+        uptime_ms: 10_000,
+        mem_mib: 1000,
+        mem_mib_free: 1000,
+        cpus: 2,
+        slots_free: 4,
+        prices: Prices { vcpu_s: 1000 + u64::from(number), gib_s: 10, gib_sent: 5, disk_gib_s: 1 },
+    }
+}
+
+pub fn hear(broker: &Broker, hello: Hello, now: Instant) {
+    broker.hear(&[Heard::Hello(hello)], now).expect("heard");
+}
+
+/// What a node says of a job that took ten tokens.
+pub fn status(stage: Stage, spent_micro: u64) -> JobStatus {
+    JobStatus {
+        stage,
+        end: EndReason::None,
+        last_index: 10,
+        balance_micro: 0,
+        spent_micro,
+        burn_micro_per_s: 0,
+        seconds_left: 0,
+        age_ms: 0,
+        cpu_us: 0,
+        mem_mib_ms: 0,
+        sent_bytes: 0,
+        disk_mib_ms: 0,
+    }
+}
+
+/// The certificate that the job's node would give.
+pub fn certificate(job: &Job, last_index: u32, spent: u64) -> Hex<CERTIFICATE_SIZE> {
+    let certificate = Certificate {
+        job: job.id.0,
+        node: job.node_id.0,
+        incarnation: job.incarnation.0,
+        last_index,
+        spent_micro: spent,
+        unused_micro: (u64::from(last_index) * job.value_micro).saturating_sub(spent),
+    };
+    let node_key = Key::new(&node_key(&SECRET, &job.node_id.0));
+    Hex(certificate.sign(&Key::new(&certificate_key(&node_key))))
+}
+
+/// A purchase of one small VM with `tokens` tokens, under a new idempotency key.
+pub fn purchase(tokens: u32) -> JobRequest {
+    JobRequest {
+        idempotency_key: fresh_key(),
+        node: None,
+        mem_mib: 64,
+        vcpus: 1,
+        disk_mib: 0,
+        net_kib_s: 0,
+        loader_sha256: Hex([3; 32]),
+        tokens,
+        moves: None,
+    }
+}
+
+pub fn fresh_key() -> String {
+    Hex(getrandom::u64().expect("random").to_le_bytes()).to_string()
+}
+
+/// An HTTP client with a key.
+#[derive(Clone)]
+pub struct Caller {
+    agent: ureq::Agent,
+    pub url: String,
+    pub key: String,
+}
+
+impl Caller {
+    pub fn new(url: &str, key: &str) -> Self {
+        let config = ureq::Agent::config_builder().http_status_as_error(false).build();
+        Self { agent: config.into(), url: url.into(), key: key.into() }
+    }
+
+    /// A new account with money, and its caller.
+    pub fn customer(&self, name: &str, tokens: u64) -> Self {
+        let opened: AccountOpened =
+            self.post("/v1/accounts", &AccountRequest { name: name.into() });
+        if tokens > 0 {
+            let credit = CreditRequest { idempotency_key: fresh_key(), micro: tokens * TOKEN };
+            let _: Credited = self.post(&format!("/v1/accounts/{name}/credit"), &credit);
+        }
+        Self::new(&self.url, &opened.key)
+    }
+
+    /// Status and body; an error where the server is away or went away.
+    pub fn send(&self, path: &str, body: Option<&str>) -> Result<(u16, String), ureq::Error> {
+        let (url, bearer) = (format!("{}{path}", self.url), format!("Bearer {}", self.key));
+        let mut response = match body {
+            None => self.agent.get(url).header("Authorization", bearer).call()?,
+            Some(body) => {
+                let post = self.agent.post(url).header("Authorization", bearer);
+                post.header("Content-Type", "application/json").send(body)?
+            }
+        };
+        Ok((response.status().as_u16(), response.body_mut().read_to_string()?))
+    }
+
+    pub fn get<T: DeserializeOwned>(&self, path: &str) -> T {
+        answer(self.send(path, None).expect("the broker answers"))
+    }
+
+    pub fn post<T: DeserializeOwned>(&self, path: &str, body: &impl Serialize) -> T {
+        answer(self.send(path, Some(&json(body))).expect("the broker answers"))
+    }
+
+    pub fn balance(&self) -> u64 {
+        self.get::<Account>("/v1/account").balance_micro
+    }
+}
+
+pub fn json(body: &impl Serialize) -> String {
+    serde_json::to_string(body).expect("plain structs")
+}
+
+fn answer<T: DeserializeOwned>((status, body): (u16, String)) -> T {
+    assert_eq!(status, 200, "{body}");
+    serde_json::from_str(&body).expect("an answer of the API's type")
+}
+
+/// A directory of this process that is gone when the test ends well.
+pub struct Dir(pub std::path::PathBuf);
+
+impl Dir {
+    pub fn new() -> Self {
+        let dir = std::env::temp_dir().join(format!("onde-broker-{}", fresh_key()));
+        std::fs::create_dir(&dir).expect("a directory");
+        Self(dir)
+    }
+}
+
+impl Drop for Dir {
+    fn drop(&mut self) {
+        if !std::thread::panicking() {
+            let _ = std::fs::remove_dir_all(&self.0);
+        }
+    }
+}
