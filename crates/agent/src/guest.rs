@@ -1,0 +1,87 @@
+//! Makes a guest out of a booted kernel: file systems, modules, name. Called once by `main`, in order;
+//! whatever fails here ends the guest with one clear line on its console.
+
+use anyhow::{Context, Result, bail};
+use onde_wire::machine::{INFO_SIZE, INFO_START, Identity};
+use onde_wire::session::MODULES_PATH;
+use rustix::mount::MountFlags;
+use rustix::system::RebootCommand;
+use std::fs::File;
+use std::io::ErrorKind;
+
+/// File systems of the kernel and where programs look for them. `/run` and `/tmp` are in memory as they are.
+const MOUNTS: [(&str, &str); 5] = [
+    ("proc", "/proc"),
+    ("sysfs", "/sys"),
+    ("devtmpfs", "/dev"),
+    ("devpts", "/dev/pts"),
+    ("tmpfs", "/dev/shm"),
+];
+
+/// Links that programs expect in `/dev`, made by udev elsewhere.
+const LINKS: [(&str, &str); 4] = [
+    ("/proc/self/fd", "/dev/fd"),
+    ("/proc/self/fd/0", "/dev/stdin"),
+    ("/proc/self/fd/1", "/dev/stdout"),
+    ("/proc/self/fd/2", "/dev/stderr"),
+];
+
+/// Most modules in the list; a packed guest has about ten.
+const MODULES_MAX: usize = 256;
+
+/// Mounts all there is to mount.
+pub fn mount_all() -> Result<()> {
+    for (kind, target) in MOUNTS {
+        if let Err(error) = std::fs::create_dir(target)
+            && error.kind() != ErrorKind::AlreadyExists
+        {
+            return Err(error).with_context(|| format!("cannot make {target}"));
+        }
+        rustix::mount::mount(kind, target, kind, MountFlags::empty(), None)
+            .with_context(|| format!("cannot mount {kind} on {target}"))?;
+    }
+    for (target, link) in LINKS {
+        std::os::unix::fs::symlink(target, link).with_context(|| format!("cannot make {link}"))?;
+    }
+    Ok(())
+}
+
+/// Loads the kernel modules that were packed, in the order of their list.
+pub fn load_modules() -> Result<()> {
+    let list = std::fs::read_to_string(MODULES_PATH)
+        .with_context(|| format!("cannot read {MODULES_PATH}"))?;
+    for path in list.lines().take(MODULES_MAX) {
+        let file = File::open(path).with_context(|| format!("no kernel module {path}"))?;
+        match rustix::system::finit_module(&file, c"", 0) {
+            // What is there already serves as well.
+            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
+            Err(error) => return Err(error).with_context(|| format!("cannot load {path}")),
+        }
+    }
+    Ok(())
+}
+
+/// Who this guest is, from the machine's info page.
+pub fn identity() -> Result<Identity> {
+    let mut page = [0; INFO_SIZE];
+    onde_sys::physical::read_page(INFO_START, &mut page)
+        .with_context(|| format!("cannot read the info page at {INFO_START:#x}"))?;
+    let Some(identity) = Identity::parse(&page) else {
+        bail!("no info page at {INFO_START:#x}: this machine is no VM of Onde");
+    };
+    Ok(identity)
+}
+
+/// Names the guest after its job.
+pub fn set_host_name(identity: &Identity) -> Result<()> {
+    let prefix: String = identity.job[..4].iter().map(|byte| format!("{byte:02x}")).collect();
+    let name = format!("onde-{prefix}");
+    rustix::system::sethostname(name.as_bytes()).context("cannot set the host name")
+}
+
+/// Ends the machine. Nothing is written back: all of it is memory.
+pub fn power_off() {
+    if let Err(error) = rustix::system::reboot(RebootCommand::PowerOff) {
+        eprintln!("onde-agent: cannot power off: {error}");
+    }
+}

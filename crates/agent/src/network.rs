@@ -1,0 +1,57 @@
+//! The guest's network: loopback, and the one interface that the machine has, with the address from its
+//! boot token. Called once by `main`.
+
+use anyhow::{Context, Result};
+use onde_sys::inet::Inet;
+use onde_sys::link::Links;
+use onde_wire::machine::Identity;
+use std::ffi::CStr;
+use std::net::Ipv4Addr;
+use std::path::Path;
+
+const LOOPBACK: &CStr = c"lo";
+/// The kernel names Ethernet devices in the order it finds them, and there is one.
+const DEVICE: &CStr = c"eth0";
+
+/// Kernel settings, and why. A kernel without one of them works too.
+const SETTINGS: [(&str, &str); 3] = [
+    // The address is told to the neighbours when the device comes up: a waiting customer is heard at once.
+    ("/proc/sys/net/ipv4/conf/eth0/arp_notify", "1"),
+    // No IPv6 in a cluster yet: spares the node its searches for routers and duplicates.
+    ("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1"),
+    // A customer who is gone is given up after about 100 s instead of 15 minutes (RFC 1122, 4.2.3.5).
+    ("/proc/sys/net/ipv4/tcp_retries2", "8"),
+];
+
+/// Brings the network up.
+pub fn bring_up(identity: &Identity) -> Result<()> {
+    let links = Links::open().context("cannot set up the network")?;
+    let inet = Inet::open().context("cannot set up the network")?;
+    let address = Ipv4Addr::from(identity.ipv4);
+    links.set_up(LOOPBACK, true).context("cannot bring lo up")?;
+    links.index(DEVICE).context("no network device eth0")?;
+    for (path, value) in SETTINGS {
+        let _ = std::fs::write(path, value);
+    }
+    inet.set_address(DEVICE, address, identity.prefix_len)
+        .with_context(|| format!("cannot give eth0 the address {address}"))?;
+    links.set_up(DEVICE, true).context("cannot bring eth0 up")?;
+    let gateway = Ipv4Addr::from(identity.gateway);
+    if !gateway.is_unspecified() {
+        inet.set_gateway(gateway).with_context(|| format!("cannot use the gateway {gateway}"))?;
+        write_new("/etc/resolv.conf", &format!("nameserver {gateway}\n"))?;
+    }
+    write_new("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
+}
+
+/// Writes a file unless the customer packed one.
+fn write_new(path: &str, text: &str) -> Result<()> {
+    let path = Path::new(path);
+    if path.exists() {
+        return Ok(());
+    }
+    let folder = path.parent().unwrap_or(Path::new("/"));
+    std::fs::create_dir_all(folder)
+        .and_then(|()| std::fs::write(path, text))
+        .with_context(|| format!("cannot write {}", path.display()))
+}
