@@ -290,10 +290,13 @@ impl Client {
     }
 }
 
+/// TCP port of the broker's API.
+pub const BROKER_PORT: u16 = 8400;
+
 /// The broker's command line.
 fn broker_command(dir: &Path) -> Result<std::process::Command> {
     let mut broker = qemu::tied(programs::find("broker")?.as_os_str());
-    broker.arg("--listen").arg(format!("{}:8400", network::owner_ipv4()));
+    broker.arg("--listen").arg(format!("{}:{BROKER_PORT}", network::owner_ipv4()));
     broker.arg("--db").arg(dir.join("broker.db"));
     broker.arg("--cluster").arg(dir.join(lab::CLUSTER));
     broker.arg("--admin-key-file").arg(dir.join("admin.key"));

@@ -1,0 +1,82 @@
+//! The main job on virtual metal, end to end: real tokens buy real VMs, programs run in them, change comes
+//! back; and everything that can go wrong on the way. One lab serves all cases, one after another, since two
+//! emulated nodes are all that a small machine carries. Needs root or user namespaces, and fails without.
+//!
+//! `cargo test -p onde-lab --test market -- WORD` runs the cases with WORD in their name.
+
+mod failures;
+mod programs;
+mod tokens;
+mod world;
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Result;
+use world::World;
+
+type Case = (&'static str, fn(&World) -> Result<()>);
+
+const CASES: [Case; 19] = [
+    ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
+    ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
+    ("detached_program_is_found_again", programs::detached),
+    ("own_kernel_boots_pays_stops_and_gives_change", programs::own_kernel),
+    ("smp_guest_sees_its_processors", programs::processors),
+    ("node_is_as_before", programs::node_is_as_before),
+    ("wrong_boot_token_is_not_answered", tokens::wrong),
+    ("boot_token_of_another_node_is_not_answered", tokens::other_node),
+    ("expired_boot_token_is_refused", tokens::expired),
+    ("boot_token_of_another_life_is_refused", tokens::other_incarnation),
+    ("more_than_the_node_has_is_refused", tokens::too_large),
+    ("boot_token_starts_one_vm_once", tokens::replayed),
+    ("payment_is_counted_once_and_checked", tokens::payments),
+    ("other_loader_is_refused", tokens::other_loader),
+    ("upload_that_breaks_off_harms_nobody", tokens::broken_upload),
+    ("what_cannot_run_costs_nothing", failures::cannot_run),
+    ("vm_without_tokens_is_purged", failures::out_of_tokens),
+    ("node_lost_unused_tokens_come_back", failures::node_lost),
+    ("broker_away_vm_goes_on", failures::broker_away),
+];
+
+fn main() -> ExitCode {
+    let words: Vec<String> = std::env::args().skip(1).filter(|arg| !arg.starts_with('-')).collect();
+    let chosen: Vec<_> = CASES
+        .iter()
+        .filter(|(name, _)| words.is_empty() || words.iter().any(|word| name.contains(&**word)))
+        .collect();
+    if chosen.is_empty() {
+        println!("0 passed, 0 failed");
+        return ExitCode::SUCCESS;
+    }
+    let world = match World::up() {
+        Ok(world) => world,
+        Err(error) => {
+            println!("the lab does not come up: {error:#}\n0 passed, {} failed", chosen.len());
+            return ExitCode::FAILURE;
+        }
+    };
+    let failed = chosen.iter().filter(|case| !passes(&world, case)).count();
+    let down = world.down();
+    if let Err(error) = &down {
+        println!("the lab does not go down: {error:#}");
+    }
+    println!("{} passed, {failed} failed", chosen.len() - failed);
+    if failed == 0 && down.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
+}
+
+fn passes(world: &World, (name, case): &Case) -> bool {
+    let begun = Instant::now();
+    let done = case(world);
+    let verdict = if done.is_ok() { "ok" } else { "FAILED" };
+    println!("test {name} ... {verdict} ({:.1} s)", begun.elapsed().as_secs_f64());
+    if let Err(error) = &done {
+        println!("  {error:#}");
+        for node in [1, 2] {
+            let console = world.lab.console(node).unwrap_or_default();
+            let tail: Vec<_> = console.lines().rev().take(8).collect();
+            tail.iter().rev().for_each(|line| println!("  node {node}: {line}"));
+        }
+    }
+    done.is_ok()
+}

@@ -1,0 +1,129 @@
+//! Cases in which all is well: programs and kernels run, and the books say so.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Result, ensure};
+use cpio::newc::{Builder, ModeFileType, trailer};
+use onde_client::api::SettledBy;
+use onde_lab::{kernel::KernelCache, programs};
+
+use crate::world::{World, wait};
+
+/// Real input that every Debian has.
+const INPUT: &str = "/usr/share/common-licenses/GPL-3";
+
+/// A program of the distribution, dynamically linked, gives byte for byte what it gives on the host, and
+/// its price is what the account loses.
+pub fn same_bytes(world: &World) -> Result<()> {
+    let before = world.balance()?;
+    let here = Command::new("/usr/bin/sort").arg(INPUT).env("LC_ALL", "C").output()?;
+    let run = ["run", "-q", "--env", "LC_ALL", "--file", INPUT, "--", "/usr/bin/sort", INPUT];
+    let there = world.command(run)?.output()?;
+    let complaint = String::from_utf8_lossy(&there.stderr);
+    ensure!(there.status.success(), "{}: {complaint}", there.status);
+    ensure!(here.stdout == there.stdout, "{} bytes instead", there.stdout.len());
+    let job = world.newest_job()?;
+    ensure!(job.settled_by == Some(SettledBy::Certificate), "{:?}", job.settled_by);
+    let cost = world.cost(&job)?;
+    ensure!(cost > 0 && before - world.balance()? == cost, "cost {cost}");
+    Ok(())
+}
+
+pub fn pipes_and_status(world: &World) -> Result<()> {
+    let script = "read line; echo \"got $line\"; echo trouble >&2; exit 7";
+    let mut onde = world.command(["run", "-q", "--", "/bin/sh", "-c", script])?;
+    onde.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut onde = onde.spawn()?;
+    onde.stdin.take().expect("piped above").write_all(b"this line\nand more\n")?;
+    let done = onde.wait_with_output()?;
+    let error = String::from_utf8_lossy(&done.stderr).into_owned();
+    ensure!(done.status.code() == Some(7), "{}: {error}", done.status);
+    ensure!(done.stdout == b"got this line\n", "{:?}", String::from_utf8_lossy(&done.stdout));
+    ensure!(error.ends_with("trouble\n"), "{error:?}");
+    Ok(())
+}
+
+pub fn detached(world: &World) -> Result<()> {
+    let script = "echo first; read line < /proc/self/stat; while :; do sleep 1; done";
+    let sleep = ["--file", "/usr/bin/sleep"];
+    let run = [&["run", "-d", "--name", "far"], &sleep[..], &["--", "/bin/sh", "-c", script]];
+    world.onde(run.concat())?;
+    wait("the program's output", || Ok(world.onde(["logs", "far"])?.contains("first\n")))?;
+    let told = world.onde(["exec", "far", "--", "/bin/sh", "-c", "echo in the same VM: $PPID"])?;
+    ensure!(told.starts_with("in the same VM"), "{told:?}");
+    let rows: serde_json::Value = serde_json::from_str(&world.onde(["ps", "--json"])?)?;
+    let row = rows.as_array().and_then(|rows| rows.iter().find(|row| row["name"] == "far"));
+    ensure!(row.is_some_and(|row| row["state"] == "running"), "{rows}");
+    world.onde(["stop", "far"])?;
+    ensure!(world.newest_job()?.settled_by == Some(SettledBy::Certificate), "not settled");
+    Ok(())
+}
+
+/// A customer's own initramfs: a shell as `/init`, with its libraries.
+fn own_initramfs(init: &str) -> Result<Vec<u8>> {
+    let mut out = Vec::new();
+    let mut inode = 0;
+    let mut add = |name: &str, kind, mode, data: &[u8]| -> Result<()> {
+        inode += 1;
+        let entry = Builder::new(name).ino(inode).nlink(1).mode(mode).set_mode_file_type(kind);
+        let mut writer = entry.write(&mut out, data.len() as u32);
+        writer.write_all(data)?;
+        writer.finish()?;
+        Ok(())
+    };
+    for folder in ["bin", "dev", "lib", "lib64", "lib/x86_64-linux-gnu"] {
+        add(folder, ModeFileType::Directory, 0o755, &[])?;
+    }
+    let libraries = ["/lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/libc.so.6"];
+    for file in ["/bin/sh"].iter().chain(&libraries) {
+        add(&file[1..], ModeFileType::Regular, 0o755, &fs::read(Path::new(file))?)?;
+    }
+    add("init", ModeFileType::Regular, 0o755, format!("#!/bin/sh\n{init}").as_bytes())?;
+    Ok(trailer(out)?)
+}
+
+pub fn own_kernel(world: &World) -> Result<()> {
+    let before = world.balance()?;
+    let initrd = world.file("own.cpio");
+    // The kernel opens the console for init once /dev is there.
+    fs::write(&initrd, own_initramfs("echo my own system, kernel and all\nread forever")?)?;
+    let kernel = KernelCache::find()?.vmlinuz;
+    let (kernel, initrd) = (kernel.display().to_string(), initrd.display().to_string());
+    let order = ["--name", "own", "--tokens", "60", "--budget", "60"];
+    let cmdline = ["--cmdline", "console=ttyS0 quiet panic=-1"];
+    let boot = [&["boot", "--kernel", &kernel, "--initrd", &initrd], &order[..], &cmdline].concat();
+    world.onde(boot)?;
+    wait("the console", || Ok(world.onde(["console", "own"])?.contains("my own system")))?;
+    world.onde(["pay", "own", "5"])?;
+    let status: serde_json::Value =
+        serde_json::from_str(&world.onde(["status", "own", "--json"])?)?;
+    ensure!(status.to_string().contains("running"), "{status}");
+    world.onde(["stop", "own"])?;
+    let job = world.newest_job()?;
+    ensure!(job.sold == 65, "{} tokens sold", job.sold);
+    ensure!(job.refund_micro > 0, "no change");
+    ensure!(before - world.balance()? == world.cost(&job)?, "the books do not balance");
+    Ok(())
+}
+
+pub fn processors(world: &World) -> Result<()> {
+    let run = ["run", "-q", "--vcpus", "2", "--memory", "300", "--", "/usr/bin/nproc"];
+    let told = world.onde(run)?;
+    ensure!(told.trim() == "2", "{told:?}");
+    Ok(())
+}
+
+/// Nothing of the VMs before is left on the nodes.
+pub fn node_is_as_before(world: &World) -> Result<()> {
+    ensure!(programs::find("vmm").is_ok());
+    for number in [1, 2] {
+        wait("the node to be empty", || {
+            let hello = world.hello(number)?;
+            Ok(hello.mem_mib_free == hello.mem_mib && usize::from(hello.slots_free) >= 8)
+        })?;
+    }
+    Ok(())
+}
