@@ -48,10 +48,11 @@ fn chain_value(seed: &chain::Value, index: u32) -> chain::Value {
     chain::walk(seed, TOKENS_PER_JOB_MAX - index)
 }
 
-/// What is sold on each node and was not seen used yet.
+/// What is sold on each node and was not seen used yet. A node holds somewhat more for a VM than its RAM: about what
+/// is added here. Where that is too little, the node refuses a boot token and its money comes back.
 fn reserved(tx: &Connection) -> Result<HashMap<NodeId, Reserved>, Refusal> {
     let mut query = tx.prepare_cached(
-        "SELECT node_id, sum(mem_mib), count(*) FROM jobs \
+        "SELECT node_id, sum(mem_mib + mem_mib / 64 + 24), count(*) FROM jobs \
          WHERE settled_at IS NULL AND booted = 0 GROUP BY node_id",
     )?;
     let rows = query.query_map([], |row| {
