@@ -131,13 +131,12 @@ fn inside(dir: &Path) {
         .arg(path("cluster"))
         .arg("--admin-key-file")
         .arg(path("admin"))
-        .stderr(Stdio::piped())
+        .stdout(Stdio::piped())
         .spawn()
         .expect("the broker program");
-    let mut lines =
-        BufReader::new(broker.stderr.take().expect("piped")).lines().map_while(Result::ok);
-    lines.by_ref().find(|line| line.contains("broker ready")).expect("a broker that is ready");
-    std::thread::spawn(move || lines.for_each(|line| eprintln!("{line}")));
+    let mut lines = BufReader::new(broker.stdout.take().expect("piped")).lines();
+    let ready = lines.next().expect("a broker that starts").expect("a line");
+    assert_eq!(ready, "onde: broker ready 127.0.0.1:8180");
 
     let admin = std::fs::read_to_string(path("admin")).expect("the key it made");
     let operator = Caller::new("http://127.0.0.1:8180", admin.trim());
