@@ -1,11 +1,17 @@
-//! The filter on what a VM sends: an XDP program on its tap lets a frame pass only if it is ARP or IPv4
-//! from one of the VM's two address pairs. Assembled by [`crate::vm`] for each VM with its addresses in
-//! it, attached through a descriptor, so it cannot outlive the VM. Never looks past the fixed headers.
+//! The filter on what VMs send: an XDP program on each tap lets a frame pass only if it is ARP or IPv4 from one
+//! of the VM's two address pairs. One program serves all taps and finds the pairs in a table by the tap's interface
+//! number. Used by [`crate::vm`]. It is attached through descriptors, so it cannot outlive `noded`, and never looks
+//! past the fixed headers.
 //!
 //! XDP on a tap runs in the driver for every frame that the VMM writes, with or without a virtio-net header and
 //! also for segments still to be cut (drivers/net/tun.c, `tun_build_skb` and `tun_get_user`).
 
-use onde_sys::bpf::{Insn, Width, XDP_DROP, XDP_PASS};
+use std::io;
+use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Arc;
+
+use onde_sys::bpf::{self, Insn, Table, Width, XDP_DROP, XDP_PASS};
+use onde_wire::plan::SLOTS_MAX;
 
 /// An address pair that a VM may send from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,15 +22,85 @@ pub struct Pair {
     pub ipv4: [u8; 4],
 }
 
-// Registers. 1 is the context at the start, 0 the result.
+/// Most taps: one for each slot, and as many again that are on their way out.
+const TAPS_MAX: u32 = 2 * SLOTS_MAX;
+/// Bytes of a pair in the table: MAC, two zeros, address.
+const PAIR_SIZE: usize = 12;
+
+/// The filter of a node.
+pub struct Filter {
+    table: Arc<Table>,
+    program: OwnedFd,
+    /// The program on a tap that nobody uses: the first and the last attachment of a program cost the kernel a
+    /// grace period each (20 ms in an emulated node), so this one is always there.
+    first: Option<(OwnedFd, OwnedFd)>,
+}
+
+/// The filter on one tap. Drop it when nobody sends through the tap any more: without it all would pass.
+pub struct Attached {
+    _link: OwnedFd,
+    table: Arc<Table>,
+    index: u32,
+}
+
+impl Drop for Attached {
+    fn drop(&mut self) {
+        // An entry that was never made is no loss.
+        let _ = self.table.remove(self.index);
+    }
+}
+
+impl Filter {
+    /// Loads the program.
+    pub fn load() -> io::Result<Self> {
+        let table = Arc::new(Table::new(2 * PAIR_SIZE, TAPS_MAX)?);
+        let program = bpf::load_xdp(&assemble(&table))?;
+        Ok(Self { table, program, first: None })
+    }
+
+    /// Attaches it for the first time, to a tap of this interface number.
+    pub fn warm_up(mut self, tap: OwnedFd, index: u32) -> io::Result<Self> {
+        self.first = Some((bpf::attach_xdp(self.program.as_fd(), index)?, tap));
+        Ok(self)
+    }
+
+    /// Lets the tap with this interface number send from these pairs only.
+    pub fn attach(&self, index: u32, pairs: [Pair; 2]) -> io::Result<Attached> {
+        // A tap that has no entry yet passes nothing.
+        let link = bpf::attach_xdp(self.program.as_fd(), index)?;
+        let attached = Attached { _link: link, table: self.table.clone(), index };
+        self.table.set(index, &emit(pairs))?;
+        Ok(attached)
+    }
+}
+
+fn emit(pairs: [Pair; 2]) -> [u8; 2 * PAIR_SIZE] {
+    let mut out = [0; 2 * PAIR_SIZE];
+    for (out, pair) in out.chunks_exact_mut(PAIR_SIZE).zip(pairs) {
+        out[..6].copy_from_slice(&pair.mac);
+        out[8..].copy_from_slice(&pair.ipv4);
+    }
+    out
+}
+
+// Registers. 0 is the address of the pairs, then the result; 1 the context, then scratch; 10 the stack.
 const RESULT: u8 = 0;
+const PAIRS: u8 = 0;
 const CONTEXT: u8 = 1;
-const DATA: u8 = 2;
-const END: u8 = 3;
+const KEY: u8 = 2;
+const EXPECT: u8 = 3;
 const FIELD: u8 = 4;
-const MAC_HEAD: u8 = 5;
-const MAC_TAIL: u8 = 6;
-const IPV4: u8 = 7;
+const IPV4: u8 = 5;
+const DATA: u8 = 6;
+const END: u8 = 7;
+const MAC_HEAD: u8 = 8;
+const MAC_TAIL: u8 = 9;
+const STACK: u8 = 10;
+
+// struct xdp_md (include/uapi/linux/bpf.h).
+const CONTEXT_DATA: i16 = 0;
+const CONTEXT_END: i16 = 4;
+const CONTEXT_INDEX: i16 = 12;
 
 // Ethernet, then ARP (RFC 826) or IPv4 (RFC 791): offsets from the start of the frame.
 const MAC_AT: i16 = 6;
@@ -38,6 +114,9 @@ const IP_VERSION_AT: i16 = 14;
 const IP_SOURCE_AT: i16 = 26;
 const IP_END: i32 = 34;
 
+const DROP: [Insn; 2] = [Insn::set(RESULT, XDP_DROP), Insn::exit()];
+const PASS: [Insn; 2] = [Insn::set(RESULT, XDP_PASS), Insn::exit()];
+
 /// A load of packet bytes gives this value for them: the processor's order is little endian.
 fn word(bytes: [u8; 4]) -> u32 {
     u32::from_le_bytes(bytes)
@@ -47,69 +126,62 @@ fn half(bytes: [u8; 2]) -> u32 {
     u16::from_le_bytes(bytes).into()
 }
 
-/// The program that lets only these pairs send.
-pub fn assemble(pairs: [Pair; 2]) -> Vec<Insn> {
-    let mut code =
-        vec![Insn::load(Width::U32, DATA, CONTEXT, 0), Insn::load(Width::U32, END, CONTEXT, 4)];
-    // The verdict of all that does not get to `pass`.
-    let drop = [Insn::set(RESULT, XDP_DROP), Insn::exit()];
-    let pass = [Insn::set(RESULT, XDP_PASS), Insn::exit()];
+/// The program.
+fn assemble(table: &Table) -> Vec<Insn> {
+    let mut code = vec![
+        Insn::load(Width::U32, DATA, CONTEXT, CONTEXT_DATA),
+        Insn::load(Width::U32, END, CONTEXT, CONTEXT_END),
+        Insn::load(Width::U32, KEY, CONTEXT, CONTEXT_INDEX),
+        Insn::store_u32(STACK, -4, KEY),
+    ];
+    code.extend(Insn::table(CONTEXT, table));
+    code.extend([Insn::copy(KEY, STACK), Insn::add(KEY, -4), Insn::look_up()]);
+    code.push(Insn::skip_unless_zero(PAIRS, 2));
+    code.extend(DROP);
     code.extend(bounds(IP_END));
     code.extend([
         Insn::load(Width::U32, MAC_HEAD, DATA, MAC_AT),
         Insn::load(Width::U16, MAC_TAIL, DATA, MAC_AT + 4),
     ]);
-    for (pair, is_last) in pairs.into_iter().zip([false, true]) {
-        code.extend(match_pair(pair, is_last));
-    }
+    // Each block of six ends behind the last if its pair is the sender; the last is followed by a drop.
+    code.extend(match_pair(0, 6 + 2));
+    code.extend(match_pair(PAIR_SIZE as i16, 2));
+    code.extend(DROP);
     code.push(Insn::load(Width::U16, FIELD, DATA, TYPE_AT));
     let ip = ip_rules();
     code.push(Insn::skip_unless_equal(FIELD, half([8, 0]), ip.len() as i16 + 2));
     code.extend(ip);
-    code.extend(pass);
-    code.extend([Insn::skip_if_equal(FIELD, half([8, 6]), 2)]);
-    code.extend(drop);
+    code.extend(PASS);
+    code.extend(require(FIELD, half([8, 6])));
     code.extend(arp_rules());
-    code.extend(pass);
+    code.extend(PASS);
     code
 }
 
 /// Drops frames that end before `end`.
 fn bounds(end: i32) -> [Insn; 5] {
-    let [verdict, exit] = [Insn::set(RESULT, XDP_DROP), Insn::exit()];
+    let fits = Insn::skip_if_not_greater(FIELD, END, 2);
+    [Insn::copy(FIELD, DATA), Insn::add(FIELD, end), fits, DROP[0], DROP[1]]
+}
+
+/// Where the source MAC is that of the pair at this offset, loads its address and skips `found` instructions.
+fn match_pair(at: i16, found: i16) -> [Insn; 6] {
     [
-        Insn::copy(FIELD, DATA),
-        Insn::add(FIELD, end),
-        Insn::skip_if_not_greater(FIELD, END, 2),
-        verdict,
-        exit,
+        Insn::load(Width::U32, EXPECT, PAIRS, at),
+        Insn::skip_unless_same(EXPECT, MAC_HEAD, 4),
+        Insn::load(Width::U16, EXPECT, PAIRS, at + 4),
+        Insn::skip_unless_same(EXPECT, MAC_TAIL, 2),
+        Insn::load(Width::U32, IPV4, PAIRS, at + 8),
+        Insn::skip(found),
     ]
 }
 
-/// Where the source MAC is this pair's, loads its address; else goes on to the next pair, or drops.
-fn match_pair(pair: Pair, is_last: bool) -> Vec<Insn> {
-    let [a, b, c, d, e, f] = pair.mac;
-    let found = [Insn::set(IPV4, word(pair.ipv4))];
-    // Behind the last pair: two instructions that drop. Behind the first: the second pair's block of six.
-    let after = if is_last { 2 } else { 6 };
-    let mut block = vec![
-        Insn::skip_unless_equal(MAC_HEAD, word([a, b, c, d]), 3),
-        Insn::skip_unless_equal(MAC_TAIL, half([e, f]), 2),
-    ];
-    block.extend(found);
-    block.push(Insn::skip(after));
-    if is_last {
-        block.extend([Insn::set(RESULT, XDP_DROP), Insn::exit()]);
-    }
-    block
-}
-
 fn require(register: u8, value: u32) -> [Insn; 3] {
-    [Insn::skip_if_equal(register, value, 2), Insn::set(RESULT, XDP_DROP), Insn::exit()]
+    [Insn::skip_if_equal(register, value, 2), DROP[0], DROP[1]]
 }
 
 fn require_same(a: u8, b: u8) -> [Insn; 3] {
-    [Insn::skip_if_same(a, b, 2), Insn::set(RESULT, XDP_DROP), Insn::exit()]
+    [Insn::skip_if_same(a, b, 2), DROP[0], DROP[1]]
 }
 
 fn ip_rules() -> Vec<Insn> {
@@ -139,8 +211,9 @@ fn arp_rules() -> Vec<Insn> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::AsFd;
 
+    /// The interface that a program tried on a frame by hand believes the frame came from.
+    const LOOPBACK: u32 = 1;
     const A: Pair = Pair { mac: [2, 0x4f, 198, 18, 3, 0x92], ipv4: [198, 18, 3, 2] };
     const B: Pair = Pair { mac: [0xFE, 0x4f, 198, 19, 0, 1], ipv4: [198, 19, 0, 1] };
     const OTHER: Pair = Pair { mac: [2, 0, 0, 0, 0, 9], ipv4: [198, 18, 3, 1] };
@@ -171,8 +244,9 @@ mod tests {
     }
 
     fn check(frame: &[u8], passes: bool) {
-        let program = onde_sys::bpf::load_xdp(&assemble([A, B])).expect("the verifier takes it");
-        let verdict = onde_sys::bpf::try_on(program.as_fd(), frame).expect("it runs");
+        let filter = Filter::load().expect("the verifier takes it");
+        filter.table.set(LOOPBACK, &emit([A, B])).expect("there is room");
+        let verdict = bpf::try_on(filter.program.as_fd(), frame).expect("it runs");
         assert_eq!(verdict == XDP_PASS, passes, "verdict {verdict} on {frame:02x?}");
     }
 
@@ -191,6 +265,13 @@ mod tests {
         // One pair's MAC with the other's address.
         check(&ip(A.mac, B.ipv4), false);
         check(&arp(B.mac, A), false);
+    }
+
+    #[test]
+    fn a_tap_without_an_entry_passes_nothing() {
+        let filter = Filter::load().expect("the verifier takes it");
+        let verdict = bpf::try_on(filter.program.as_fd(), &ip(A.mac, A.ipv4)).expect("it runs");
+        assert_eq!(verdict, XDP_DROP);
     }
 
     #[test]

@@ -9,11 +9,13 @@ use std::path::{Path, PathBuf};
 
 use onde_sys::link::Links;
 use onde_sys::signals::Signals;
+use onde_sys::tap;
 use onde_wire::cluster::Cluster;
 use onde_wire::handover::Setup;
 use onde_wire::key;
 
 use crate::cgroup::Cgroups;
+use crate::filter::Filter;
 use crate::node::{Config, Node};
 use crate::packetd::Packetd;
 use crate::run::Loop;
@@ -23,6 +25,8 @@ use crate::world::World;
 /// Memory that stays with the kernel and our own programs whatever VMs do, MiB: 16 for `noded` and `packetd`,
 /// the rest for page cache, slabs and network buffers of a busy node.
 const RESERVE_MIB: u64 = 64;
+/// The tap that the filter is attached to first.
+const FILTER_TAP: &CStr = c"onde-filter";
 
 /// Why a node cannot start: what was tried, what came of it, and what to do about it.
 #[derive(Debug)]
@@ -138,6 +142,12 @@ impl Settings {
         })
     }
 
+    /// The filter, with its first tap, which stays switched off.
+    fn filter(links: &Links) -> io::Result<Filter> {
+        let tap = tap::open(FILTER_TAP)?;
+        Filter::load()?.warm_up(tap, links.index(FILTER_TAP)?)
+    }
+
     fn place(&self) -> Result<Place, Trouble> {
         let hint = "a node needs cgroup version 2 with the controllers cpu, memory and pids; \
                     for development, --uncapped goes without them";
@@ -145,14 +155,16 @@ impl Settings {
         let kvm_hint = "load kvm_amd or kvm_intel, and switch virtualisation on in the firmware";
         File::open("/dev/kvm").map_err(Trouble::at("/dev/kvm", kvm_hint))?;
         open(&self.programs.mstrap)?;
+        let links = Links::open().map_err(Trouble::at("socket for interfaces", ""))?;
         Ok(Place {
+            filter: Self::filter(&links).map_err(Trouble::at("filter for taps", ""))?,
+            links,
             bridge: self.bridge.clone(),
             vmm: open(&self.programs.vmm)?,
             mstrap: self.programs.mstrap.clone(),
             empty: self.empty.clone(),
             cgroups: Cgroups::open(&self.cgroup, self.is_capped)
                 .map_err(Trouble::at("cgroups", hint))?,
-            links: Links::open().map_err(Trouble::at("socket for interfaces", ""))?,
             null: onde_sys::spawn::dev_null().map_err(Trouble::at("/dev/null", ""))?,
         })
     }

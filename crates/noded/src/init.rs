@@ -114,6 +114,9 @@ fn load_modules() -> Result<(), Trouble> {
         list => list.map_err(Trouble::at("/etc/onde/modules", ""))?,
     };
     for name in list.lines().map(str::trim).filter(|name| !name.is_empty()) {
+        if name.starts_with("kvm") && Path::new("/dev/kvm").exists() {
+            continue;
+        }
         let loaded = File::open(Path::new("/lib/modules").join(name))
             .and_then(|file| Ok(finit_module(&file, c"", 0)?));
         match loaded {

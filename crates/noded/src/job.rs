@@ -103,9 +103,12 @@ impl Job {
         self.stage.is_alive()
     }
 
-    /// When it has to be charged next.
+    /// When it has to be looked at next: to charge it, or because its time for the bootstrap is over.
     pub fn due_ms(&self) -> u64 {
-        self.due_ms
+        match self.stage {
+            Stage::Booting => self.due_ms.min(self.started_ms + BOOT_MAX_MS),
+            _ => self.due_ms,
+        }
     }
 
     /// When its VM was told to end; 0 before.

@@ -460,3 +460,6 @@ impl Tail {
         ConsoleSlice { offset, total: self.total, len: bytes.len() as u16, data }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 
 use onde_sys::link::Links;
 use onde_sys::spawn::{Jail, Program, spawn};
-use onde_sys::{bpf, tap};
+use onde_sys::tap;
 use onde_wire::machine::{
     CONSOLE_RING_SIZE, INFO_METER, MESSAGE_SIZE, Meter, PAGE_SIZE, VmmCommand, VmmEvent, fds,
 };
@@ -21,7 +21,7 @@ use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal};
 
 use crate::cgroup::{Cgroup, Cgroups};
-use crate::filter::{self, Pair};
+use crate::filter::{Attached, Filter, Pair};
 use crate::meter::Reading;
 use crate::node::Spec;
 
@@ -46,6 +46,8 @@ pub struct Place {
     pub cgroups: Cgroups,
     /// Network interfaces.
     pub links: Links,
+    /// What keeps VMs from sending under others' addresses.
+    pub filter: Filter,
     /// `/dev/null`.
     pub null: OwnedFd,
 }
@@ -60,14 +62,25 @@ pub struct Vm {
     pub log: OwnedFd,
     log_left: usize,
     cgroup: Cgroup,
-    tap: OwnedFd,
+    network: Network,
     sent: File,
     console: File,
     info: File,
     /// Sequence count of the meter; even between two writes.
     meter_seq: u32,
-    /// Keeps the filter on the tap.
-    _filter: OwnedFd,
+}
+
+/// A VM's tap, a port of the bridge, with the filter on it. Closing it takes the kernel some grace periods.
+pub struct Network {
+    tap: OwnedFd,
+    _filter: Attached,
+}
+
+impl Drop for Network {
+    fn drop(&mut self) {
+        // A VMM that was taken over may have asked for a tap that stays.
+        let _ = tap::forget(&self.tap);
+    }
 }
 
 /// What could not be made, and why.
@@ -81,11 +94,10 @@ impl VmError {
 }
 
 impl Vm {
-    /// Makes a VM and starts its process. On failure nothing is left behind.
-    pub fn create(place: &Place, slot: u32, spec: &Spec) -> Result<Self, VmError> {
-        let name = CString::new(format!("onde-{slot}")).expect("no zero in it");
-        let tap = tap::open(&name).map_err(VmError::at("tap"))?;
-        let filter = connect(place, &name, spec).map_err(VmError::at("network"))?;
+    /// Makes VM number `serial` of this node and starts its process. On failure nothing is left behind.
+    pub fn create(place: &Place, serial: u32, slot: u32, spec: &Spec) -> Result<Self, VmError> {
+        let name = CString::new(format!("onde-{serial}")).expect("no zero in it");
+        let network = Network::new(place, &name, spec).map_err(VmError::at("network"))?;
         let sent = File::open(statistics(&name, "rx_bytes")).map_err(VmError::at("counter"))?;
         let console = memory(c"console", PAGE_SIZE + CONSOLE_RING_SIZE)
             .map_err(VmError::at("console ring"))?;
@@ -102,7 +114,7 @@ impl Vm {
         let kvm = File::options().read(true).write(true).open("/dev/kvm");
         let kvm = kvm.map_err(VmError::at("/dev/kvm"))?;
         let mstrap = File::open(&place.mstrap).map_err(VmError::at("mstrap"))?;
-        let cgroup = place.cgroups.create(&format!("vm-{slot}"), spec.held_mib, spec.vcpus);
+        let cgroup = place.cgroups.create(&format!("vm-{serial}"), spec.held_mib, spec.vcpus);
         let cgroup = cgroup.map_err(VmError::at("cgroup"))?;
         let program = Program {
             file: place.vmm.as_fd(),
@@ -113,7 +125,7 @@ impl Vm {
                 (their_log.as_fd(), 2),
                 (theirs.as_fd(), fds::CONTROL),
                 (kvm.as_fd(), fds::KVM),
-                (tap.as_fd(), fds::TAP),
+                (network.tap.as_fd(), fds::TAP),
                 (mstrap.as_fd(), fds::MSTRAP),
                 (console.as_fd(), fds::CONSOLE),
                 (info.as_fd(), fds::INFO),
@@ -135,12 +147,11 @@ impl Vm {
             log,
             log_left: LOG_MAX,
             cgroup,
-            tap,
+            network,
             sent,
             console,
             info,
             meter_seq: 0,
-            _filter: filter,
         })
     }
 
@@ -156,11 +167,10 @@ impl Vm {
         let _ = rustix::process::kill_process(self.pid, Signal::KILL);
     }
 
-    /// Frees all that it held. Call it when the process is gone. Returns its cgroup if that cannot go yet.
-    pub fn free(self) -> Option<Cgroup> {
-        // A VMM that was taken over may have asked for a tap that stays.
-        let _ = tap::forget(&self.tap);
-        (!self.cgroup.remove()).then_some(self.cgroup)
+    /// Frees what it held, when the process is gone. Returns what takes time: its network, and its cgroup if the
+    /// kernel has not let go of it yet.
+    pub fn free(self) -> (Network, Option<Cgroup>) {
+        (self.network, (!self.cgroup.remove()).then_some(self.cgroup))
     }
 
     /// Shows the guest its meter: sequence count odd, contents, sequence count even.
@@ -223,18 +233,19 @@ fn arguments(spec: &Spec) -> Vec<CString> {
         .to_vec()
 }
 
-/// Puts the filter on a tap, makes it a port of the bridge and switches it on, in this order.
-fn connect(place: &Place, name: &CStr, spec: &Spec) -> io::Result<OwnedFd> {
-    let identity = &spec.identity;
-    let program = bpf::load_xdp(&filter::assemble([
-        Pair { mac: identity.boot_mac, ipv4: identity.boot_ipv4 },
-        Pair { mac: identity.mac, ipv4: identity.ipv4 },
-    ]))?;
-    let filter = bpf::attach_xdp(program.as_fd(), place.links.index(name)?)?;
-    no_ipv6(name)?;
-    place.links.add_port(&place.bridge, name)?;
-    place.links.set_up(name, true)?;
-    Ok(filter)
+impl Network {
+    /// Makes a tap, puts the filter on it, makes it a port of the bridge and switches it on, in this order.
+    fn new(place: &Place, name: &CStr, spec: &Spec) -> io::Result<Self> {
+        let tap = tap::open(name)?;
+        let identity = &spec.identity;
+        let boot = Pair { mac: identity.boot_mac, ipv4: identity.boot_ipv4 };
+        let guest = Pair { mac: identity.mac, ipv4: identity.ipv4 };
+        let filter = place.filter.attach(place.links.index(name)?, [boot, guest])?;
+        no_ipv6(name)?;
+        place.links.add_port(&place.bridge, name)?;
+        place.links.set_up(name, true)?;
+        Ok(Self { tap, _filter: filter })
+    }
 }
 
 /// Keeps the kernel from giving an interface an address of its own.

@@ -3,6 +3,8 @@
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::sync::mpsc::Sender;
+use std::thread::JoinHandle;
 
 use onde_wire::handover::Handover;
 use onde_wire::machine::VmmEvent;
@@ -13,10 +15,45 @@ use rustix::process::Pid;
 use crate::cgroup::Cgroup;
 use crate::node::{Effect, Event, Tail};
 use crate::packetd::Packetd;
-use crate::vm::{Place, Vm, VmError};
+use crate::vm::{Network, Place, Vm, VmError};
 
 /// Words of one VMM taken in one turn of the loop; the rest wait, so that no VM keeps others from being heard.
 const WORDS_PER_TURN: usize = 4;
+
+/// Numbers of VMs before they start again: with `onde-` before it the last one still is an interface's name.
+const SERIALS: u32 = 1_000_000_000;
+
+/// A thread that closes taps: each close waits for some grace periods of the kernel (tens of milliseconds in an
+/// emulated node), and the loop has better things to do.
+struct Undertaker {
+    queue: Option<Sender<Network>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Undertaker {
+    fn start() -> io::Result<Self> {
+        let (queue, taps) = std::sync::mpsc::channel();
+        let bury = move || taps.into_iter().for_each(drop);
+        // The queue is as long as the VMs that die at once, and there are only so many slots.
+        let thread = std::thread::Builder::new().name("undertaker".into()).spawn(bury)?;
+        Ok(Self { queue: Some(queue), thread: Some(thread) })
+    }
+
+    fn take(&self, network: Network) {
+        // Without the thread, which only a bug could end, it is closed here.
+        let _ = self.queue.as_ref().map(|queue| queue.send(network));
+    }
+}
+
+impl Drop for Undertaker {
+    fn drop(&mut self) {
+        // The thread ends when its queue does; all taps are gone then.
+        self.queue = None;
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
 
 /// What a poll event is about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -57,8 +94,11 @@ impl Source {
 pub struct World {
     place: Place,
     vms: Vec<Option<Vm>>,
+    /// Number of the next VM: names of taps and cgroups are not used again while the kernel may know the old ones.
+    serial: u32,
     /// Cgroups of VMs that are gone, while the kernel still holds on to them.
     dying: Vec<Cgroup>,
+    undertaker: Undertaker,
     poll: OwnedFd,
     /// The program that speaks with the network.
     pub packetd: Packetd,
@@ -69,7 +109,8 @@ impl World {
     pub fn new(place: Place, packetd: Packetd) -> io::Result<Self> {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let vms = (0..SLOTS_MAX).map(|_| None).collect();
-        Ok(Self { place, vms, dying: Vec::new(), poll, packetd })
+        let undertaker = Undertaker::start()?;
+        Ok(Self { place, vms, serial: 0, dying: Vec::new(), undertaker, poll, packetd })
     }
 
     /// Has the loop told when there is something to read.
@@ -101,7 +142,9 @@ impl World {
                 None
             }
             Effect::Create(slot, spec) => {
-                let made = Vm::create(&self.place, slot, &spec).map(|vm| self.add(slot, vm));
+                self.serial = (self.serial + 1) % SERIALS;
+                let made = Vm::create(&self.place, self.serial, slot, &spec);
+                let made = made.map(|vm| self.add(slot, vm));
                 if let Err(VmError(what, error)) = &made {
                     println!("onde: slot {slot}: cannot make its {what}: {error}");
                 }
@@ -191,7 +234,9 @@ impl World {
             total: slice.total,
             bytes: slice.data[..slice.len.into()].to_vec(),
         });
-        self.dying.extend(vm.free());
+        let (network, cgroup) = vm.free();
+        self.dying.extend(cgroup);
+        self.undertaker.take(network);
         Some(Event::Gone(slot as u32, tail))
     }
 

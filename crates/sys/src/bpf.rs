@@ -37,6 +37,24 @@ impl Insn {
         Self::new(0x61 | width as u8, dst, src, offset, 0)
     }
 
+    /// `*(u32 *)(dst + offset) = src`
+    pub const fn store_u32(dst: u8, offset: i16, src: u8) -> Self {
+        Self::new(0x63, dst, src, offset, 0)
+    }
+
+    /// `dst` = the table, for [`Self::look_up`].
+    pub fn table(dst: u8, table: &Table) -> [Self; 2] {
+        const PSEUDO_MAP_FD: u8 = 1;
+        let fd = table.fd.as_raw_fd();
+        [Self::new(0x18, dst, PSEUDO_MAP_FD, 0, fd), Self::new(0, 0, 0, 0, 0)]
+    }
+
+    /// Register 0 = address of the value in table (register 1) under the key at (register 2), or 0. Registers 1 to
+    /// 5 are lost.
+    pub const fn look_up() -> Self {
+        Self::new(0x85, 0, 0, 0, 1)
+    }
+
     /// `dst = src`
     pub const fn copy(dst: u8, src: u8) -> Self {
         Self::new(0xbf, dst, src, 0, 0)
@@ -62,6 +80,11 @@ impl Insn {
         Self::new(0xbd, dst, src, skip, 0)
     }
 
+    /// Skips if `dst` is not zero (64 bits).
+    pub const fn skip_unless_zero(dst: u8, skip: i16) -> Self {
+        Self::new(0x55, dst, 0, skip, 0)
+    }
+
     /// Skips if the low 32 bits of `dst` are `immediate`.
     pub const fn skip_if_equal(dst: u8, immediate: u32, skip: i16) -> Self {
         Self::new(0x16, dst, 0, skip, immediate as i32)
@@ -70,6 +93,11 @@ impl Insn {
     /// Skips if the low 32 bits of `dst` are not `immediate`.
     pub const fn skip_unless_equal(dst: u8, immediate: u32, skip: i16) -> Self {
         Self::new(0x56, dst, 0, skip, immediate as i32)
+    }
+
+    /// Skips if the low 32 bits of `dst` and `src` differ.
+    pub const fn skip_unless_same(dst: u8, src: u8, skip: i16) -> Self {
+        Self::new(0x5e, dst, src, skip, 0)
     }
 
     /// Skips if the low 32 bits of `dst` and `src` are the same.
@@ -94,11 +122,32 @@ pub const XDP_DROP: u32 = 1;
 pub const XDP_PASS: u32 = 2;
 
 // include/uapi/linux/bpf.h
+const BPF_MAP_CREATE: libc::c_int = 0;
+const BPF_MAP_UPDATE_ELEM: libc::c_int = 2;
+const BPF_MAP_DELETE_ELEM: libc::c_int = 3;
 const BPF_PROG_LOAD: libc::c_int = 5;
 const BPF_PROG_TEST_RUN: libc::c_int = 10;
 const BPF_LINK_CREATE: libc::c_int = 28;
+const BPF_MAP_TYPE_HASH: u32 = 1;
 const BPF_PROG_TYPE_XDP: u32 = 6;
 const BPF_XDP: u32 = 37;
+
+#[repr(C)]
+struct CreateAttr {
+    map_type: u32,
+    key_size: u32,
+    value_size: u32,
+    max_entries: u32,
+}
+
+#[repr(C)]
+#[derive(Default)]
+struct ElementAttr {
+    map_fd: u32,
+    key: u64,
+    value: u64,
+    flags: u64,
+}
 
 #[repr(C)]
 struct LoadAttr {
@@ -138,6 +187,46 @@ fn bpf<T>(command: libc::c_int, attr: &mut T) -> io::Result<libc::c_int> {
     match unsafe { libc::syscall(libc::SYS_bpf, command, attr, size_of::<T>()) } {
         -1 => Err(io::Error::last_os_error()),
         result => Ok(result as libc::c_int),
+    }
+}
+
+/// A table that programs can look values up in by a 32-bit key.
+pub struct Table {
+    fd: OwnedFd,
+    value_size: usize,
+}
+
+impl Table {
+    /// An empty table for at most `entries_max` values of `value_size` bytes.
+    pub fn new(value_size: usize, entries_max: u32) -> io::Result<Self> {
+        let mut attr = CreateAttr {
+            map_type: BPF_MAP_TYPE_HASH,
+            key_size: size_of::<u32>() as u32,
+            value_size: value_size as u32,
+            max_entries: entries_max,
+        };
+        let fd = bpf(BPF_MAP_CREATE, &mut attr)?;
+        // SAFETY: BPF_MAP_CREATE returned a new descriptor that nobody else owns.
+        Ok(Self { fd: unsafe { OwnedFd::from_raw_fd(fd) }, value_size })
+    }
+
+    fn element(&self, key: &u32, value: u64) -> ElementAttr {
+        let map_fd = self.fd.as_raw_fd() as u32;
+        ElementAttr { map_fd, key: std::ptr::from_ref(key) as u64, value, flags: 0 }
+    }
+
+    /// Puts a value under a key. Errors: `E2BIG` where the table is full.
+    ///
+    /// # Panics
+    /// Where the value has not the size of the table's values.
+    pub fn set(&self, key: u32, value: &[u8]) -> io::Result<()> {
+        assert_eq!(value.len(), self.value_size, "the kernel would read past the value");
+        bpf(BPF_MAP_UPDATE_ELEM, &mut self.element(&key, value.as_ptr() as u64)).map(drop)
+    }
+
+    /// Takes the value under a key away. Errors: `ENOENT` where there is none.
+    pub fn remove(&self, key: u32) -> io::Result<()> {
+        bpf(BPF_MAP_DELETE_ELEM, &mut self.element(&key, 0)).map(drop)
     }
 }
 
