@@ -16,8 +16,8 @@ use onde_wire::machine::control::{
     REG_EVENT, REG_RESET, REG_SLEEP_CONTROL, REG_SLEEP_STATUS, RESET_VALUE,
 };
 use onde_wire::machine::{
-    ACPI_END, ACPI_START, CONTROL_START, GED_GSI, INFO_START, PAGE_SIZE, SERIAL_GSI, SERIAL_PORT,
-    VIRTIO_GSI, VIRTIO_START, VIRTIO_STRIDE,
+    ACPI_START, CONTROL_START, GED_GSI, INFO_START, PAGE_SIZE, SERIAL_GSI, SERIAL_PORT, VIRTIO_GSI,
+    VIRTIO_START, VIRTIO_STRIDE,
 };
 
 const OEM: [u8; 6] = *b"ONDE  ";
@@ -28,6 +28,14 @@ const IOAPIC_ADDRESS: u32 = 0xFEC0_0000;
 /// FADT boot flags (ACPI 6.5, table 5.11): no VGA, no MSI, no CMOS clock; and, by their bits being
 /// clear, no legacy devices and no 8042 keyboard controller, whose probe alone takes 2 s.
 const BOOT_FLAGS: u16 = 1 << 2 | 1 << 3 | 1 << 5;
+/// What lies at the PC's reset vector, in real mode: `lidt cs:[7]; int3` and an empty interrupt
+/// table at 7, which is a triple fault and so a reset. A Linux that finds hardware-reduced ACPI and
+/// no EFI jumps there to restart, whatever the reset register says.
+pub const RESET_CODE: [u8; 16] =
+    [0x2E, 0x0F, 0x01, 0x1E, 0x07, 0x00, 0xCC, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+/// Guest-physical address of [`RESET_CODE`]: FFFF:0000.
+pub const RESET_VECTOR: u64 = 0xF_FFF0;
+
 /// Tables start at multiples of this.
 const ALIGN: usize = 16;
 
@@ -45,7 +53,7 @@ pub fn tables(vcpus: u32, virtio_count: u64) -> Vec<u8> {
     Rsdp::new(OEM, xsdt).to_aml_bytes(&mut rsdp);
     area[..rsdp.len()].copy_from_slice(&rsdp);
     // 64 CPUs and 3 devices take under 2 KiB of 128.
-    assert!(area.len() as u64 <= ACPI_END - ACPI_START);
+    assert!(ACPI_START + area.len() as u64 <= RESET_VECTOR);
     area
 }
 
@@ -220,6 +228,7 @@ fn power_button(out: &mut Vec<u8>) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use onde_wire::machine::ACPI_END;
 
     fn sum(bytes: &[u8]) -> u8 {
         bytes.iter().fold(0, |sum: u8, byte| sum.wrapping_add(*byte))
@@ -254,6 +263,11 @@ mod tests {
             assert_eq!(madt.len(), 44 + 8 * vcpus as usize + 12);
             assert_eq!(fadt.len(), 276);
         }
+    }
+
+    #[test]
+    fn the_reset_vector_is_in_the_reserved_area() {
+        assert_eq!(RESET_VECTOR + RESET_CODE.len() as u64, ACPI_END);
     }
 
     #[test]

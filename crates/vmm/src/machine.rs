@@ -229,7 +229,9 @@ impl Machine {
         self.bus.reset_serial();
         self.vm.reset_ioapic().fault(Part::Kvm, "reset the I/O APIC")?;
         let tables = acpi::tables(self.vcpus, self.bus.virtio.len() as u64);
-        ram.write_slice(&tables, GuestAddress(ACPI_START)).fault(Part::Memory, "write ACPI tables")
+        ram.write_slice(&tables, GuestAddress(ACPI_START))
+            .and_then(|()| ram.write_slice(&acpi::RESET_CODE, GuestAddress(acpi::RESET_VECTOR)))
+            .fault(Part::Memory, "write ACPI tables")
     }
 
     /// The guest runs: asks the I/O thread to drop BOOT when it no longer delays the start.
