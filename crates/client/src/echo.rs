@@ -19,8 +19,9 @@ const ICMP_SIZE: usize = 8;
 const IPV4_SIZE_MAX: usize = 60;
 const ECHO_REPLY: u8 = 0;
 const ECHO_REQUEST: u8 = 8;
-/// Kernel buffer for replies, bytes: a sweep over some hundred nodes answers in one burst.
-const RECEIVE_BUFFER: usize = 1 << 20;
+/// Kernel buffers, bytes: a sweep over some hundred nodes is answered in one burst, and its requests to addresses
+/// that nobody has wait three seconds for ARP.
+const BUFFER: usize = 1 << 20;
 
 /// When to send a request again, and when to give up. Every request is idempotent at the node.
 #[derive(Clone, Copy, Debug)]
@@ -94,8 +95,9 @@ impl Echo {
         let of_kind = |kind, is_raw| {
             let socket =
                 socket_with(AddressFamily::INET, kind, SocketFlags::CLOEXEC, Some(ipproto::ICMP))?;
-            // A smaller buffer only loses replies, which are then asked for again.
-            let _ = sockopt::set_socket_recv_buffer_size(&socket, RECEIVE_BUFFER);
+            // Smaller buffers only lose replies and make a sweep wait.
+            let _ = sockopt::set_socket_recv_buffer_size(&socket, BUFFER);
+            let _ = sockopt::set_socket_send_buffer_size(&socket, BUFFER);
             Ok(Self { socket, is_raw, identifier, sequence: 0 })
         };
         of_kind(SocketType::DGRAM, false)

@@ -197,6 +197,7 @@ mod tests {
             budget: 100,
             opened_at: 0,
             has_agent: true,
+            exit: None,
             purchase: None,
             payments: Vec::new(),
             settled: None,

@@ -75,6 +75,9 @@ pub struct Job {
     pub opened_at: u64,
     /// Whether an agent runs in it (`onde run`), or only what the customer booted (`onde boot`).
     pub has_agent: bool,
+    /// Exit status of its program, where it is known.
+    #[serde(default)]
+    pub exit: Option<u8>,
     /// A purchase that the broker has not answered.
     pub purchase: Option<Purchase>,
     /// Payments that the node has not taken.
@@ -103,6 +106,7 @@ impl Job {
             budget,
             opened_at: now_s(),
             has_agent: false,
+            exit: None,
             purchase: None,
             payments: Vec::new(),
             settled: None,
@@ -340,6 +344,7 @@ mod tests {
             budget: 100,
             opened_at,
             has_agent: true,
+            exit: None,
             purchase: None,
             payments: vec![Payment { index: 20, value: Hex([2; 32]) }],
             settled: None,

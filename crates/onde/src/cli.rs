@@ -1,0 +1,334 @@
+//! The command line's words. Only definitions: `command` acts on them; `completions` and `man` print them.
+
+use clap::{Args, Parser, Subcommand};
+use std::path::PathBuf;
+
+/// Drop a token in, get a virtual machine, take your change when you are done.
+#[derive(Debug, Parser)]
+#[command(name = "onde", version, max_term_width = 100, propagate_version = true)]
+pub struct Cli {
+    #[command(flatten)]
+    pub global: Global,
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Use this context instead of the current one
+    #[arg(long, value_name = "NAME", env = "ONDE_CONTEXT", global = true)]
+    pub context: Option<String>,
+    /// Say nothing but errors and the program's own output
+    #[arg(short, long, global = true)]
+    pub quiet: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a program in a virtual machine of its own
+    ///
+    /// Packs PROGRAM with the libraries it needs, buys a VM, boots it, and connects your terminal or pipes.
+    /// The exit status is the program's; 125 if onde itself fails. INT, TERM and HUP go to the program; a
+    /// second INT within two seconds stops the VM. Whatever ends it, unused tokens come back.
+    Run(Run),
+    /// Boot a kernel of your own in a virtual machine
+    Boot(Boot),
+    /// List jobs
+    Ps {
+        /// Settled jobs, too
+        #[arg(long)]
+        all: bool,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Show how a job stands: its stage, meters and money
+    Status {
+        #[command(flatten)]
+        job: JobName,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Print the serial console of a job's VM
+    Console {
+        #[command(flatten)]
+        job: JobName,
+        /// Go on until the VM ends
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Run one more program in a job's VM
+    Exec {
+        #[command(flatten)]
+        job: JobName,
+        /// Give it a terminal
+        #[arg(short, long)]
+        tty: bool,
+        /// The program and its arguments, as they are called in the VM
+        #[arg(last = true, required = true, value_name = "COMMAND")]
+        command: Vec<std::ffi::OsString>,
+    },
+    /// Connect to a job's program; Ctrl-C leaves it running
+    Attach {
+        #[command(flatten)]
+        job: JobName,
+    },
+    /// Print what a job's program wrote
+    Logs {
+        #[command(flatten)]
+        job: JobName,
+        /// Go on until the program ends
+        #[arg(short, long)]
+        follow: bool,
+    },
+    /// Buy tokens for a job, beyond its budget, and hand them to its node
+    Pay {
+        #[command(flatten)]
+        job: JobName,
+        /// How many
+        #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
+        tokens: u32,
+    },
+    /// End a job's VM, and get the change
+    Stop {
+        #[command(flatten)]
+        job: JobName,
+    },
+    /// Nodes
+    #[command(subcommand)]
+    Node(Node),
+    /// Your account with the broker
+    #[command(subcommand)]
+    Account(Account),
+    /// Clusters this machine knows
+    #[command(subcommand)]
+    Context(Context),
+    /// Virtual metal: a whole cluster on this machine (see `onde lab --help`)
+    #[command(disable_help_flag = true)]
+    Lab {
+        /// What `onde-lab` is to do: up, down, status, console, kill, boot, exec
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
+    /// Print a shell's completion script
+    Completions {
+        /// The shell
+        shell: clap_complete::Shell,
+    },
+    /// Print the manual page, or write all of them to a folder
+    Man {
+        /// The folder
+        #[arg(long, value_name = "DIR")]
+        out: Option<PathBuf>,
+    },
+    /// What pays for a detached job
+    #[command(hide = true)]
+    Home {
+        #[command(flatten)]
+        job: JobName,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct JobName {
+    /// The job's name, or the first digits of its id
+    #[arg(value_name = "JOB")]
+    pub job: String,
+}
+
+/// What to buy.
+#[derive(Debug, Args)]
+pub struct Order {
+    /// Number of the node [default: the cheapest that fits]
+    #[arg(long, value_name = "N")]
+    pub node: Option<u32>,
+    /// Memory, MiB
+    #[arg(short, long, value_name = "MiB", default_value_t = 256)]
+    #[arg(value_parser = clap::value_parser!(u32).range(64..=65536))]
+    pub memory: u32,
+    /// Number of virtual processors
+    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub vcpus: u16,
+    /// First payment, tokens [default: 30, or the budget if that is less]
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub tokens: Option<u32>,
+    /// Most that may be spent, tokens [default: the first payment if that is given, else 600]
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub budget: Option<u32>,
+    /// A name for the job
+    #[arg(long)]
+    pub name: Option<String>,
+}
+
+#[derive(Debug, Args)]
+pub struct Run {
+    #[command(flatten)]
+    pub order: Order,
+    /// A file or folder to take along, to the same path in the VM; PATH:PATH for another one
+    #[arg(short, long, value_name = "PATH")]
+    pub file: Vec<PathBuf>,
+    /// An environment variable for the program: NAME=VALUE, or NAME for its value here
+    #[arg(short, long, value_name = "NAME[=VALUE]")]
+    pub env: Vec<std::ffi::OsString>,
+    /// Give it a terminal
+    #[arg(short, long, conflicts_with = "detach")]
+    pub tty: bool,
+    /// Print the job's id and go; a home node in the background pays
+    #[arg(short, long)]
+    pub detach: bool,
+    /// The program and its arguments
+    #[arg(last = true, required = true, value_name = "PROGRAM")]
+    pub command: Vec<std::ffi::OsString>,
+}
+
+#[derive(Debug, Args)]
+pub struct Boot {
+    #[command(flatten)]
+    pub order: Order,
+    /// The kernel: bzImage, or ELF file with or without a PVH note
+    #[arg(long, value_name = "FILE")]
+    pub kernel: PathBuf,
+    /// The initramfs
+    #[arg(long, value_name = "FILE")]
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line
+    #[arg(long, value_name = "TEXT", default_value = "console=ttyS0 panic=-1")]
+    pub cmdline: String,
+    /// Follow the console until the VM ends, then settle
+    #[arg(long)]
+    pub follow: bool,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Node {
+    /// List nodes, what they have free and what they charge
+    Ls {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make this machine a node (root)
+    Run {
+        /// The network interface that the node's own VMs share
+        #[arg(long, value_name = "IF")]
+        interface: String,
+        /// The cluster file
+        #[arg(long, value_name = "FILE")]
+        cluster: PathBuf,
+        /// Number of this node [default: from its MAC]
+        #[arg(long, value_name = "N")]
+        node: Option<u32>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Account {
+    /// Show your balance and what moved it
+    Show {
+        /// Lines of the journal
+        #[arg(long, value_name = "N", default_value_t = 20)]
+        limit: u32,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Take an account's key into a context
+    Use {
+        /// The API key that the operator gave you
+        key: String,
+        /// The broker, http://HOST:PORT
+        #[arg(long, value_name = "URL")]
+        broker: String,
+    },
+    /// Open an account and print its API key (operator)
+    Open {
+        /// Its name
+        name: String,
+        #[command(flatten)]
+        operator: Operator,
+    },
+    /// Put tokens into an account (operator)
+    Credit {
+        /// Its name
+        name: String,
+        /// How many
+        tokens: u64,
+        #[command(flatten)]
+        operator: Operator,
+    },
+}
+
+#[derive(Debug, Args)]
+pub struct Operator {
+    /// File with the operator's key [default: the lab's, in a lab's context]
+    #[arg(long, value_name = "FILE", env = "ONDE_OPERATOR_KEY_FILE")]
+    pub operator_key: Option<PathBuf>,
+    /// The broker [default: the context's]
+    #[arg(long, value_name = "URL")]
+    pub broker: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Context {
+    /// List contexts
+    Ls {
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Make a context the current one
+    Use {
+        /// Its name
+        name: String,
+    },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory;
+
+    #[test]
+    fn is_well_formed() {
+        Cli::command().debug_assert();
+    }
+
+    fn check(line: &str, accepted: bool) {
+        let parsed = Cli::try_parse_from(line.split(' '));
+        assert_eq!(parsed.is_ok(), accepted, "{line}: {:?}", parsed.err().map(|e| e.to_string()));
+    }
+
+    #[test]
+    fn takes_what_the_manual_says_and_nothing_else() {
+        check("onde run -- ls -l /", true);
+        check("onde run --memory 512 --vcpus 2 --budget 9 -d --name a -- ./solve", true);
+        check("onde run", false);
+        check("onde run --memory 1 -- ls", false);
+        check("onde run --tokens 5000 -- ls", false);
+        check("onde run -d -t -- sh", false);
+        check("onde boot --kernel vmlinuz --initrd i --cmdline quiet", true);
+        check("onde boot", false);
+        check("onde exec a1 -- ps -e", true);
+        check("onde exec a1", false);
+        check("onde pay a1 10", true);
+        check("onde pay a1 0", false);
+        check("onde lab up --nodes 3", true);
+        check("onde lab --help", true);
+        check("onde node run --interface eth0 --cluster c", true);
+        check("onde account use K --broker http://b:1 --context prod", true);
+        check("onde ps --all --json -q", true);
+    }
+
+    #[test]
+    fn every_command_has_help() {
+        fn walk(command: &clap::Command) {
+            assert!(command.get_about().is_some(), "{} has no help", command.get_name());
+            command.get_subcommands().for_each(walk);
+        }
+        walk(&Cli::command());
+    }
+}

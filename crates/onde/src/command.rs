@@ -1,0 +1,77 @@
+//! Which command does what: one file each below.
+
+mod account;
+mod boot;
+mod console;
+mod context;
+mod docs;
+mod home;
+mod job;
+mod lab;
+mod node;
+mod ps;
+mod run;
+mod session;
+
+use anyhow::Result;
+use serde::Serialize;
+use std::io::Write;
+use std::process::ExitCode;
+
+use crate::cli::{Cli, Command, Node};
+use crate::report::Report;
+
+/// Exit status of `run` where onde itself failed, as `env`, `timeout` and container tools have it.
+const FAILED: u8 = 125;
+
+/// Does what was asked.
+pub fn run(cli: Cli) -> Result<ExitCode> {
+    let report = Report::new(cli.global.quiet);
+    let context = cli.global.context.as_deref();
+    match cli.command {
+        Command::Run(run) => Ok(run::run(context, &run, &report).unwrap_or_else(|error| {
+            crate::terminal::restore();
+            eprintln!("{}", crate::failure::lines(&error));
+            ExitCode::from(FAILED)
+        })),
+        Command::Boot(boot) => boot::run(context, &boot, &report),
+        Command::Ps { all, json } => done(ps::run(context, all, json)),
+        Command::Status { job, json } => done(job::status(&job.job, json)),
+        Command::Console { job, follow } => done(console::run(&job.job, follow)),
+        Command::Exec { job, tty, command } => session::exec(&job.job, tty, &command),
+        Command::Attach { job } => session::attach(&job.job, &report),
+        Command::Logs { job, follow } => done(session::logs(&job.job, follow, &report)),
+        Command::Pay { job, tokens } => done(job::pay(&job.job, tokens, &report)),
+        Command::Stop { job } => done(job::stop(&job.job)),
+        Command::Node(Node::Ls { json }) => done(node::list(context, json)),
+        Command::Node(Node::Run { interface, cluster, node }) => {
+            node::run(&interface, &cluster, node)
+        }
+        Command::Account(account) => done(account::run(context, account, &report)),
+        Command::Context(command) => done(context::run(command, &report)),
+        Command::Lab { args } => lab::run(&args, &report),
+        Command::Completions { shell } => done(docs::completions(shell)),
+        Command::Man { out } => done(docs::man(out.as_deref())),
+        Command::Home { job } => done(home::run(&job.job)),
+    }
+}
+
+fn done(result: Result<()>) -> Result<ExitCode> {
+    result.map(|()| ExitCode::SUCCESS)
+}
+
+/// Writes to standard output; unlike `print!` it fails where the reader is gone.
+fn print(text: &str) -> Result<()> {
+    print_bytes(text.as_bytes())
+}
+
+fn print_bytes(bytes: &[u8]) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(bytes)?;
+    Ok(out.flush()?)
+}
+
+/// Writes JSON for programs.
+fn print_json(value: &impl Serialize) -> Result<()> {
+    print(&(serde_json::to_string_pretty(value)? + "\n"))
+}

@@ -1,0 +1,85 @@
+//! `onde account`: what a user has with the broker, and the operator's acts on accounts.
+
+use anyhow::{Context as _, Result};
+use onde_client::api::CreditRequest;
+use onde_client::broker::{Broker, new_key};
+use onde_wire::cluster::TOKEN_MICRO;
+
+use super::{print, print_json};
+use crate::cli::{Account, Operator};
+use crate::cluster::{Cluster, enter};
+use crate::config::{Config, Context};
+use crate::failure::hinted;
+use crate::report::Report;
+use crate::table::{render, span, tokens};
+
+pub fn run(context: Option<&str>, account: Account, report: &Report) -> Result<()> {
+    match account {
+        Account::Show { limit, json } => show(&Cluster::open(context)?, limit, json),
+        Account::Use { key, broker } => take(context.unwrap_or("default"), key, broker, report),
+        Account::Open { name, operator } => {
+            let opened = broker(context, &operator)?.open_account(&name)?;
+            report.line(&format!("opened account {}; this key is shown once:", opened.name));
+            print(&format!("{}\n", opened.key))
+        }
+        Account::Credit { name, tokens: count, operator } => {
+            let micro = count.checked_mul(TOKEN_MICRO).context("that many tokens do not exist")?;
+            let request = CreditRequest { idempotency_key: new_key()?, micro };
+            let credited = broker(context, &operator)?.credit(&name, &request)?;
+            let balance = tokens(credited.balance_micro);
+            report.line(&format!("account {} has {balance} tokens", credited.name));
+            Ok(())
+        }
+    }
+}
+
+fn show(cluster: &Cluster, limit: u32, json: bool) -> Result<()> {
+    let account = cluster.broker.account(limit)?;
+    if json {
+        return print_json(&account);
+    }
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
+    let row = |entry: &onde_client::api::Entry| {
+        let sign = if entry.delta_micro < 0 { "-" } else { "+" };
+        let job = entry.job.map_or(String::new(), |job| job.to_string()[..8].to_owned());
+        let amount = format!("{sign}{}", tokens(entry.delta_micro.unsigned_abs()));
+        vec![span(now.saturating_sub(entry.at)), amount, entry.reason.clone(), job]
+    };
+    let rows: Vec<_> = account.entries.iter().map(row).collect();
+    print(&format!("{}: {} tokens\n\n", account.name, tokens(account.balance_micro)))?;
+    print(&render(&["AGO", "TOKENS", "FOR", "JOB"], &rows))
+}
+
+/// Makes the key a context, and that the current one.
+fn take(name: &str, key: String, broker: String, report: &Report) -> Result<()> {
+    if !broker.starts_with("http://") {
+        return Err(hinted(format!("`{broker}` is no broker's address"), "http://HOST:PORT"));
+    }
+    let mut config = Config::load()?;
+    config.contexts.insert(name.to_owned(), Context { broker, key, lab: None });
+    config.current = Some(name.to_owned());
+    config.save()?;
+    report.line(&format!("context {name} is the current one"));
+    Ok(())
+}
+
+/// The broker, called with the operator's key.
+fn broker(context: Option<&str>, operator: &Operator) -> Result<Broker> {
+    let config = Config::load()?;
+    let known = config.choose(context).ok().map(|(_, context)| context);
+    if let Some(context) = known {
+        enter(context)?;
+    }
+    let lab = known.and_then(|context| context.lab.as_ref()).map(|dir| dir.join("admin.key"));
+    let file = operator.operator_key.clone().or(lab);
+    let Some(file) = file else {
+        return Err(hinted("no operator's key", "--operator-key FILE, as the broker wrote it"));
+    };
+    let key = std::fs::read_to_string(&file);
+    let key = key.with_context(|| format!("cannot read {}", file.display()))?;
+    let url = operator.broker.as_ref().or(known.map(|context| &context.broker));
+    let Some(url) = url else {
+        return Err(hinted("no broker to talk to", "--broker http://HOST:PORT"));
+    };
+    Ok(Broker::new(url, key.trim()))
+}

@@ -1,0 +1,54 @@
+//! `onde boot`: a VM of the customer's own kernel. Prints the job's id; a home node in the background pays for
+//! it, or with `--follow` this process does and shows the console.
+
+use anyhow::{Context, Result};
+use onde_client::echo::Echo;
+use onde_client::home::Home;
+use std::path::Path;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+use super::{console, home, print};
+use crate::cli::Boot;
+use crate::cluster::Cluster;
+use crate::interrupt::Interrupt;
+use crate::launch::{Machine, launch};
+use crate::report::Report;
+use crate::{payer, settle};
+
+pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCode> {
+    let cluster = Arc::new(Cluster::open(context)?);
+    let kernel = read(&boot.kernel)?;
+    let initrd = boot.initrd.as_deref().map_or(Ok(Vec::new()), read)?;
+    let interrupt = Interrupt::watch()?;
+    let machine = Machine {
+        kernel: &kernel,
+        initrd: &initrd,
+        cmdline: &boot.cmdline,
+        title: boot.kernel.display().to_string(),
+        has_agent: false,
+    };
+    let job = launch(&cluster, &boot.order, &machine, &interrupt, report)?;
+    if !boot.follow {
+        interrupt.leave("the VM runs, and nothing pays for it");
+        home::spawn(&cluster, &job)?;
+        print(&format!("{}\n", job.short_id()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let mut home = Home::new(Echo::open()?, cluster.broker.clone(), cluster.jobs.clone(), &job);
+    let (dismiss, dismissed) = channel();
+    let followed = std::thread::scope(|scope| {
+        scope.spawn(|| payer::run(&mut home, report, dismissed));
+        let followed = console::print(&job, true);
+        drop(dismiss);
+        followed
+    });
+    interrupt.leave("the VM may still run, and its change was not collected");
+    settle::tell(&cluster, &job, report);
+    followed.map(|()| ExitCode::SUCCESS)
+}
+
+fn read(file: &Path) -> Result<Vec<u8>> {
+    std::fs::read(file).with_context(|| format!("cannot read {}", file.display()))
+}

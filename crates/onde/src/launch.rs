@@ -1,0 +1,143 @@
+//! From an order to a running VM: buy, show the boot token, upload the loader, send the stream. `run` and `boot`
+//! use it. Everything that can fail without money comes first; whatever fails after the purchase, or a signal
+//! that ends it, gives the VM back.
+
+use anyhow::{Context, Result};
+use onde_client::api::{Hex, JobOpened, JobRequest, NodeChoice};
+use onde_client::broker::new_key;
+use onde_client::echo::Echo;
+use onde_client::job::Job;
+use onde_client::layout::{self, Layout};
+use onde_client::{bootstrap, stream};
+use onde_wire::key::sha256;
+use onde_wire::stream::Start;
+use onde_wire::token::BootToken;
+use std::sync::Arc;
+
+use crate::cli::Order;
+use crate::cluster::Cluster;
+use crate::interrupt::Interrupt;
+use crate::report::Report;
+use crate::settle;
+
+/// First payment, tokens, where nothing else is said: half a minute of one busy vCPU at the lab's prices.
+const TOKENS_DEFAULT: u32 = 30;
+/// Budget, tokens, where nothing else is said: ten minutes and more of one busy vCPU.
+const BUDGET_DEFAULT: u32 = 600;
+
+/// What is booted.
+pub struct Machine<'a> {
+    pub kernel: &'a [u8],
+    pub initrd: &'a [u8],
+    pub cmdline: &'a str,
+    /// What it runs, for people.
+    pub title: String,
+    pub has_agent: bool,
+}
+
+/// Makes a VM of `machine`; when this returns, its guest is about to run.
+pub fn launch(
+    cluster: &Arc<Cluster>,
+    order: &Order,
+    machine: &Machine<'_>,
+    interrupt: &Interrupt,
+    report: &Report,
+) -> Result<Job> {
+    let mem_bytes = u64::from(order.memory) << 20;
+    let layout = layout::cold(machine.kernel, machine.initrd, machine.cmdline, mem_bytes)?;
+    let loader = loader()?;
+    let echo = Echo::open()?;
+    let (first, budget) = payment(order);
+    let request = JobRequest {
+        idempotency_key: new_key()?,
+        node: order.node.map(NodeChoice::Number),
+        mem_mib: order.memory,
+        vcpus: order.vcpus,
+        disk_mib: 0,
+        net_kib_s: 0,
+        loader_sha256: Hex(sha256(&loader)),
+        tokens: first,
+        moves: None,
+    };
+    let opened = cluster.broker.open_job(&request)?;
+    let mut job = Job::new(&opened, &machine.title, &cluster.name, budget);
+    job.name = order.name.clone();
+    job.has_agent = machine.has_agent;
+    keep(cluster, &job, interrupt, report)?;
+    let started = start(&opened, &job, echo, &loader, &layout, report);
+    started.map(|()| job.clone()).inspect_err(|_| {
+        interrupt.leave("the VM may still run, and its change was not collected");
+        settle::tell(cluster, &job, report);
+    })
+}
+
+/// The first payment and the budget, tokens.
+fn payment(order: &Order) -> (u32, u32) {
+    let budget = order.budget.or(order.tokens).unwrap_or(BUDGET_DEFAULT);
+    (order.tokens.unwrap_or(TOKENS_DEFAULT).min(budget), budget)
+}
+
+/// Our loader's image.
+fn loader() -> Result<Vec<u8>> {
+    let file = onde_lab::programs::find("loader")?;
+    std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))
+}
+
+/// From here on, whatever happens, the job is known on disk and given back by Ctrl-C.
+fn keep(cluster: &Arc<Cluster>, job: &Job, interrupt: &Interrupt, report: &Report) -> Result<()> {
+    let (owner, held, told) = (cluster.clone(), job.clone(), report.clone());
+    interrupt.hold(move || settle::tell(&owner, &held, &told));
+    // A taken name is no reason to keep what was bought.
+    cluster.jobs.add(job).inspect_err(|_| {
+        let nameless = Job { name: None, ..job.clone() };
+        let _ = cluster.jobs.add(&nameless);
+        settle::tell(cluster, &nameless, report);
+    })?;
+    Ok(())
+}
+
+fn start(
+    opened: &JobOpened,
+    job: &Job,
+    mut echo: Echo,
+    loader: &[u8],
+    layout: &Layout,
+    report: &Report,
+) -> Result<()> {
+    let handle = job.handle();
+    let token = BootToken::parse(&opened.boot_token.0)
+        .context("the broker sells boot tokens of another version than this program knows")?;
+    let booted = handle.boot(&mut echo, token, opened.boot_tag.0)?;
+    report.line(&format!("job {} on node {}, {} MiB", job.short_id(), job.node, job.mem_mib));
+    let shape =
+        Start { job: job.id.0, mem_bytes: u64::from(job.mem_mib) << 20, vcpus: job.vcpus.into() };
+    let bar = report.upload(layout.size());
+    let on_progress = |progress: stream::Progress| bar.at(progress.mem_done);
+    let sent = bootstrap::boot(&handle, booted.ipv4.into(), loader, &shape, layout, on_progress)?;
+    bar.done(sent.sent);
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    fn check(line: &str, expect: (u32, u32)) {
+        #[derive(Parser)]
+        struct Line {
+            #[command(flatten)]
+            order: Order,
+        }
+        assert_eq!(payment(&Line::parse_from(line.split(' ')).order), expect);
+    }
+
+    #[test]
+    fn a_budget_is_never_exceeded_and_a_first_payment_alone_is_one() {
+        check("onde", (TOKENS_DEFAULT, BUDGET_DEFAULT));
+        check("onde --tokens 5", (5, 5));
+        check("onde --budget 5", (5, 5));
+        check("onde --budget 100", (TOKENS_DEFAULT, 100));
+        check("onde --tokens 50 --budget 20", (20, 20));
+    }
+}

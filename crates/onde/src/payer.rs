@@ -1,0 +1,119 @@
+//! The loop round a home node: a step each second, what it says to people, and when to give the VM up. `run` has
+//! it in a thread, `home` is nothing else.
+
+use onde_client::home::{Home, HomeError, STEP_PERIOD, Standing};
+use onde_wire::packet::{JobStatus, Status};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::{Duration, Instant};
+
+use crate::report::Report;
+use crate::table::span;
+
+/// A node that is silent for so long is lost: half of what the broker allows it before it credits.
+const LOST: Duration = Duration::from_secs(30);
+/// Silence that is worth a word.
+const SILENT: Duration = Duration::from_secs(5);
+
+/// How the loop ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The VM is over.
+    Over(JobStatus),
+    /// The node is silent, or knows nothing of the job: it is off or came up anew.
+    Lost,
+    /// The caller wanted no more.
+    Dismissed,
+}
+
+/// Pays until the VM is over, its node is lost, or the other end of `dismissed` is dropped.
+pub fn run(home: &mut Home, report: &Report, dismissed: Receiver<()>) -> Outcome {
+    let mut mood = Mood::default();
+    loop {
+        if let Some(outcome) = mood.judge(home.step(), report) {
+            return outcome;
+        }
+        match dismissed.recv_timeout(STEP_PERIOD) {
+            Err(RecvTimeoutError::Timeout) => {}
+            _ => return Outcome::Dismissed,
+        }
+    }
+}
+
+/// What was noticed and told so far.
+#[derive(Default)]
+struct Mood {
+    silent_since: Option<Instant>,
+    told_silent: bool,
+    told_budget: bool,
+    told_trouble: bool,
+}
+
+impl Mood {
+    fn judge(&mut self, step: Result<Standing, HomeError>, report: &Report) -> Option<Outcome> {
+        match step {
+            Ok(standing) => {
+                self.hear(&standing, report);
+                match standing {
+                    Standing::Over(status) => Some(Outcome::Over(status)),
+                    _ => None,
+                }
+            }
+            Err(HomeError::Node(error)) if error.is_silence() => self.miss(report),
+            Err(HomeError::Node(error)) if error.refusal() == Some(Status::NoJob) => {
+                Some(Outcome::Lost)
+            }
+            Err(error) => {
+                if !std::mem::replace(&mut self.told_trouble, true) {
+                    report.warn(&format!("cannot pay, trying on: {}", chain(&error)));
+                }
+                None
+            }
+        }
+    }
+
+    fn hear(&mut self, standing: &Standing, report: &Report) {
+        if std::mem::take(&mut self.told_silent) {
+            report.line("the node answers again");
+        }
+        self.silent_since = None;
+        let at_budget = matches!(standing, Standing::AtBudget(_));
+        if at_budget && !self.told_budget {
+            let left = span(standing.status().seconds_left);
+            report.warn(&format!("the budget is spent: the VM ends in {left}; onde pay lifts it"));
+        }
+        self.told_budget = at_budget;
+        self.told_trouble &= !matches!(standing, Standing::Paid(..));
+    }
+
+    fn miss(&mut self, report: &Report) -> Option<Outcome> {
+        let silence = self.silent_since.get_or_insert_with(Instant::now).elapsed();
+        if silence >= SILENT && !std::mem::replace(&mut self.told_silent, true) {
+            report.warn(&format!("the node is silent; lost after {} s", LOST.as_secs()));
+        }
+        (silence >= LOST).then_some(Outcome::Lost)
+    }
+}
+
+/// An error with its causes on one line.
+fn chain(error: &dyn std::error::Error) -> String {
+    std::iter::successors(error.source(), |cause| cause.source())
+        .fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use onde_client::echo::EchoError;
+    use onde_client::node::NodeError;
+
+    #[test]
+    fn one_lost_answer_is_no_lost_node_but_one_without_memory_is() {
+        let (mut mood, report, node) = (Mood::default(), Report::new(true), [127, 0, 0, 1].into());
+        let silent = || Err(NodeError::Echo(EchoError::Silent { node }).into());
+        assert_eq!(mood.judge(silent(), &report), None);
+        mood.silent_since = Instant::now().checked_sub(LOST);
+        assert_eq!(mood.judge(silent(), &report), Some(Outcome::Lost));
+        let refused = NodeError::Refused { node, status: Status::NoJob };
+        assert_eq!(Mood::default().judge(Err(refused.into()), &report), Some(Outcome::Lost));
+    }
+}
