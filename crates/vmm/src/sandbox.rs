@@ -36,10 +36,8 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// Of vCPU threads: taking back the kick signal; a frame or a random byte where a queue is served
-/// from a register write.
-const VCPU: &[libc::c_long] =
-    &[libc::SYS_rt_sigtimedwait, libc::SYS_rt_sigpending, libc::SYS_read, libc::SYS_getrandom];
+/// Of vCPU threads: taking back the kick signal. They serve no queue.
+const VCPU: &[libc::c_long] = &[libc::SYS_rt_sigtimedwait, libc::SYS_rt_sigpending];
 
 /// Of the I/O thread: events, frames, the disk, randomness for the guest.
 const IO: &[libc::c_long] = &[

@@ -106,8 +106,11 @@ impl Vcpu {
             Ok(VcpuExit::IoIn(port, data)) => machine.bus.port_read(port, data),
             Ok(VcpuExit::MmioRead(address, data)) => machine.bus.read(address, data),
             Ok(VcpuExit::MmioWrite(address, data)) => return Ok(machine.bus.write(address, data)),
-            // Triple fault, or the guest asked for a reset by a way of its own.
-            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..)) => return Err(Outcome::Reset),
+            // Triple fault, a reset by a way of its own, or an instruction that KVM cannot emulate
+            // where the guest uses it: all the guest's doing.
+            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..) | VcpuExit::InternalError) => {
+                return Err(Outcome::Reset);
+            }
             Ok(VcpuExit::Intr) => {}
             Ok(other) => {
                 let text = format!("vCPU {} stopped: {other:?}", self.id);

@@ -41,7 +41,8 @@ mod reg {
     pub const QUEUE_DEVICE_HIGH: u64 = 0xA4;
     pub const CONFIG: u64 = 0x100;
 }
-/// Where the guest writes a queue's number to have it served; KVM turns it into an eventfd.
+/// Where the guest writes a queue's number to have it served. KVM turns each such write into an
+/// eventfd of the I/O thread, so none comes through here.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 
 /// "virt".
@@ -194,7 +195,6 @@ impl Transport {
             reg::DRIVER_FEATURES => self.set_driver_features(value),
             reg::QUEUE_SEL => self.queue_select = value,
             reg::STATUS => self.set_status(value),
-            QUEUE_NOTIFY => self.process(value as usize),
             _ => self.write_queue(offset, value),
         }
     }
