@@ -5,7 +5,7 @@
 
 use std::ffi::{CStr, CString};
 use std::io;
-use std::os::fd::{AsRawFd, BorrowedFd, IntoRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 
 use rustix::io::Errno;
 use rustix::mount::{MountPropagationFlags, UnmountFlags};
@@ -248,4 +248,15 @@ fn empty_root(root: &CStr) -> Result<(), Failed> {
 /// Opens `/dev/null` for reading and writing.
 pub fn dev_null() -> io::Result<OwnedFd> {
     Ok(std::fs::File::options().read(true).write(true).open("/dev/null")?.into())
+}
+
+/// A copy, above all agreed numbers, of the descriptor that this program was started with as `number`.
+/// Errors: `EBADF` where there is none.
+pub fn handed_down(number: RawFd) -> io::Result<OwnedFd> {
+    // SAFETY: fcntl(2) on a number; with F_DUPFD_CLOEXEC it touches no descriptor that anybody owns.
+    match unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, PARKING) } {
+        -1 => Err(io::Error::last_os_error()),
+        // SAFETY: a new descriptor that nobody else owns.
+        fd => Ok(unsafe { OwnedFd::from_raw_fd(fd) }),
+    }
 }
