@@ -64,23 +64,11 @@ impl Cgroups {
         }
         Ok(group)
     }
-
-    /// Removes groups that a former life of this program left behind.
-    pub fn sweep(&self) -> io::Result<()> {
-        for entry in fs::read_dir(&self.folder)? {
-            let path = entry?.path();
-            if path.is_dir() {
-                fs::write(path.join("cgroup.kill"), "1")?;
-                let _ = fs::remove_dir(path);
-            }
-        }
-        Ok(())
-    }
 }
 
 impl Drop for Cgroups {
     fn drop(&mut self) {
-        // Whatever is left in it shows up at the next start.
+        // It stays only if a VM's process does, which the kernel is killing.
         let _ = fs::remove_dir(&self.folder);
     }
 }

@@ -13,6 +13,7 @@ use onde_sys::tap;
 use onde_wire::cluster::Cluster;
 use onde_wire::handover::Setup;
 use onde_wire::key;
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::cgroup::Cgroups;
 use crate::filter::Filter;
@@ -25,6 +26,8 @@ use crate::world::World;
 /// Memory that stays with the kernel and our own programs whatever VMs do, MiB: 16 for `noded` and `packetd`,
 /// the rest for page cache, slabs and network buffers of a busy node.
 const RESERVE_MIB: u64 = 64;
+/// Most open files: ten for each of 253 slots, and room.
+const FILES_MAX: u64 = 8192;
 /// The tap that the filter is attached to first.
 const FILTER_TAP: &CStr = c"onde-filter";
 
@@ -99,7 +102,7 @@ impl Settings {
     pub fn start(self, signals: Signals) -> Result<Loop, Trouble> {
         let config = self.config()?;
         let place = self.place()?;
-        place.cgroups.sweep().map_err(Trouble::at("old cgroups", ""))?;
+        raise_files().map_err(Trouble::at("limit of open files", ""))?;
         let packetd = Packetd::new(open(&self.programs.packetd)?, self.setup(&config)?);
         let node = Node::new(config);
         println!(
@@ -179,6 +182,12 @@ impl Settings {
         let ipv4 = config.plan.node(config.number);
         Ok(Setup { interface, ipv4, node_key: config.node_key })
     }
+}
+
+/// A VM takes ten descriptors here, and the usual limit is 1 024.
+fn raise_files() -> rustix::io::Result<()> {
+    let limit = Some(FILES_MAX);
+    setrlimit(Resource::Nofile, Rlimit { current: limit, maximum: limit })
 }
 
 fn open(program: &Path) -> Result<File, Trouble> {

@@ -102,43 +102,12 @@ impl Vm {
         let console = memory(c"console", PAGE_SIZE + CONSOLE_RING_SIZE)
             .map_err(VmError::at("console ring"))?;
         let info = info_page(spec).map_err(VmError::at("info page"))?;
-        let (control, theirs) = rustix::net::socketpair(
-            AddressFamily::UNIX,
-            SocketType::SEQPACKET,
-            SocketFlags::CLOEXEC,
-            None,
-        )
-        .map_err(VmError::at("socket"))?;
-        let (log, their_log) =
-            rustix::pipe::pipe_with(PipeFlags::CLOEXEC).map_err(VmError::at("log"))?;
-        let kvm = File::options().read(true).write(true).open("/dev/kvm");
-        let kvm = kvm.map_err(VmError::at("/dev/kvm"))?;
-        let mstrap = File::open(&place.mstrap).map_err(VmError::at("mstrap"))?;
-        let cgroup = place.cgroups.create(&format!("vm-{serial}"), spec.held_mib, spec.vcpus);
+        let group = format!("vm-{serial}");
+        let cgroup = place.cgroups.create(&group, spec.held_mib, spec.vcpus);
         let cgroup = cgroup.map_err(VmError::at("cgroup"))?;
-        let program = Program {
-            file: place.vmm.as_fd(),
-            args: &arguments(spec),
-            fds: &[
-                (place.null.as_fd(), 0),
-                (place.null.as_fd(), 1),
-                (their_log.as_fd(), 2),
-                (theirs.as_fd(), fds::CONTROL),
-                (kvm.as_fd(), fds::KVM),
-                (network.tap.as_fd(), fds::TAP),
-                (mstrap.as_fd(), fds::MSTRAP),
-                (console.as_fd(), fds::CONSOLE),
-                (info.as_fd(), fds::INFO),
-            ],
-            jail: Some(Jail {
-                user: FIRST_USER + slot,
-                cgroup: cgroup.as_fd(),
-                root: &place.empty,
-                files_max: FILES_MAX,
-            }),
-        };
-        let spawned = spawn(&program).map_err(VmError::at("process"));
-        let pid = spawned.inspect_err(|_| {
+        let parts = Parts { tap: &network.tap, console: &console, info: &info, cgroup: &cgroup };
+        let started = parts.start(place, slot, spec);
+        let Process { pid, control, log } = started.inspect_err(|_| {
             cgroup.remove();
         })?;
         Ok(Self {
@@ -223,6 +192,62 @@ impl Vm {
     pub fn console_end(&self) -> io::Result<ConsoleSlice> {
         let total = console_total(&self.console)?;
         console_slice(&self.console, total.saturating_sub(CONSOLE_SLICE_MAX as u64))
+    }
+}
+
+/// What a VMM is started with, but for what is made for its process alone.
+struct Parts<'a> {
+    tap: &'a OwnedFd,
+    console: &'a File,
+    info: &'a File,
+    cgroup: &'a Cgroup,
+}
+
+/// A started VMM, and our ends of what it was given.
+struct Process {
+    pid: Pid,
+    control: OwnedFd,
+    log: OwnedFd,
+}
+
+impl Parts<'_> {
+    /// Starts the VMM in its jail.
+    fn start(&self, place: &Place, slot: u32, spec: &Spec) -> Result<Process, VmError> {
+        let kvm = File::options().read(true).write(true).open("/dev/kvm");
+        let kvm = kvm.map_err(VmError::at("/dev/kvm"))?;
+        // Opened each time: VMMs must not share a place in the file.
+        let mstrap = File::open(&place.mstrap).map_err(VmError::at("mstrap"))?;
+        let (control, theirs) = rustix::net::socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .map_err(VmError::at("socket"))?;
+        let pipe = rustix::pipe::pipe_with(PipeFlags::CLOEXEC);
+        let (log, their_log) = pipe.map_err(VmError::at("log"))?;
+        let pid = spawn(&Program {
+            file: place.vmm.as_fd(),
+            args: &arguments(spec),
+            fds: &[
+                (place.null.as_fd(), 0),
+                (place.null.as_fd(), 1),
+                (their_log.as_fd(), 2),
+                (theirs.as_fd(), fds::CONTROL),
+                (kvm.as_fd(), fds::KVM),
+                (self.tap.as_fd(), fds::TAP),
+                (mstrap.as_fd(), fds::MSTRAP),
+                (self.console.as_fd(), fds::CONSOLE),
+                (self.info.as_fd(), fds::INFO),
+            ],
+            jail: Some(Jail {
+                user: FIRST_USER + slot,
+                cgroup: self.cgroup.as_fd(),
+                root: &place.empty,
+                files_max: FILES_MAX,
+            }),
+        });
+        Ok(Process { pid: pid.map_err(VmError::at("process"))?, control, log })
     }
 }
 
