@@ -2,21 +2,22 @@
 //! the cluster's secret, so that exactly one thing is wrong with each.
 
 use std::io::Write;
-use std::net::Ipv4Addr;
+use std::net::{Ipv4Addr, TcpStream};
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use onde_client::bootstrap::{self, BootstrapError};
 use onde_client::echo::{Echo, Policy};
 use onde_client::layout::{self, Layout};
 use onde_client::node::NodeError;
 use onde_lab::kernel::KernelCache;
 use onde_wire::bootstrap::upload_head;
+use onde_wire::channel::PORT;
 use onde_wire::packet::{Op, Request, Status};
 use onde_wire::stream::Start;
-use onde_wire::token::BootToken;
+use onde_wire::token::{BootToken, PaymentToken};
 
-use crate::world::{Forged, MEM_MIB, ONCE, World};
+use crate::world::{Forged, MEM_MIB, ONCE, World, wait};
 
 /// Shows a forged token at node `number`; nobody may answer.
 fn check_silent(world: &World, number: u32, forged: &Forged) -> Result<()> {
@@ -90,13 +91,12 @@ pub fn payments(world: &World) -> Result<()> {
     ensure!(again.balance_micro <= first.balance_micro, "paid twice");
     let mut wrong = forged.payment(160);
     wrong.value[0] ^= 1;
-    let refused = forged.handle.pay(&mut echo, wrong);
-    let refusal = refused.as_ref().err().and_then(NodeError::refusal);
-    ensure!(refusal == Some(Status::BadPayment), "{refused:?}");
-    wrong.index = u32::MAX;
-    let refused = forged.handle.pay(&mut echo, wrong);
-    let refusal = refused.as_ref().err().and_then(NodeError::refusal);
-    ensure!(refusal == Some(Status::TooManySteps), "{refused:?}");
+    let far = PaymentToken { index: u32::MAX, ..wrong };
+    for (token, expect) in [(far, Status::TooManySteps), (wrong, Status::BadPayment)] {
+        let answer = forged.handle.pay(&mut echo, token);
+        let refusal = answer.as_ref().err().and_then(NodeError::refusal);
+        ensure!(refusal == Some(expect), "{answer:?} instead of {expect:?}");
+    }
     let status = forged.handle.status(&mut echo, Policy::default())?;
     let paid = status.balance_micro + status.spent_micro;
     ensure!(paid == 150 * forged.token.value_micro, "{status:?}");
@@ -137,8 +137,11 @@ pub fn broken_upload(world: &World) -> Result<()> {
     channel.writer.write_all(&world.loader[..world.loader.len() / 2])?;
     channel.writer.flush()?;
     drop(channel);
-    let stranger = std::net::TcpStream::connect((ipv4, onde_wire::channel::PORT));
-    let stranger = stranger.context("the second connection")?;
+    let mut stranger = None;
+    wait("mstrap to listen again", || {
+        stranger = TcpStream::connect((ipv4, PORT)).ok();
+        Ok(stranger.is_some())
+    })?;
     bootstrap::boot(&forged.handle, ipv4, &world.loader, &start(&forged), &layout()?, |_| {})?;
     drop(stranger);
     forged.handle.stop(&mut echo)?;

@@ -41,6 +41,8 @@ pub struct World {
     pub operator: Broker,
     /// The cluster file, secret and all.
     pub cluster: Cluster,
+    /// What the nodes said before anything ran on them.
+    pub new_nodes: Vec<Hello>,
     /// The loader.
     pub loader: Vec<u8>,
     dir: PathBuf,
@@ -59,7 +61,8 @@ impl World {
         let micro = 100_000 * TOKEN_MICRO;
         operator.credit("customer", &CreditRequest { idempotency_key: new_key()?, micro })?;
         let text = fs::read_to_string(lab.dir().join("cluster"))?;
-        let world = Self {
+        let mut world = Self {
+            new_nodes: Vec::new(),
             broker: Broker::new(BROKER, &opened.key),
             operator,
             cluster: Cluster::parse(&text)?,
@@ -70,6 +73,7 @@ impl World {
         world.onde(["account", "use", &opened.key, "--broker", BROKER])?;
         let both = || Ok(world.broker.nodes()?.iter().filter(|node| node.alive).count() == 2);
         wait("the broker to see both nodes", both)?;
+        world.new_nodes = vec![world.hello(1)?, world.hello(2)?];
         Ok(world)
     }
 
