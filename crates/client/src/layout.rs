@@ -31,7 +31,8 @@ const E820_RESERVED: u32 = 2;
 pub enum LayoutError {
     /// The kernel cannot be booted.
     #[error("the kernel {0}")]
-    Kernel(#[from] KernelError),
+    // No `#[from]`: the text has its words already, and a cause would say them twice.
+    Kernel(KernelError),
     /// Kernel and initramfs do not fit.
     #[error("kernel and initramfs need {need_mib} MiB of memory, the VM has {mem_mib}")]
     Memory {
@@ -52,6 +53,12 @@ pub enum LayoutError {
         /// Its size, bytes.
         size: usize,
     },
+}
+
+impl From<KernelError> for LayoutError {
+    fn from(error: KernelError) -> Self {
+        Self::Kernel(error)
+    }
 }
 
 /// Memory that is not all zero: whole pages from a page's start.
