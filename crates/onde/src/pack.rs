@@ -19,7 +19,8 @@ use elf::ElfError;
 use image::Image;
 use libraries::Places;
 
-/// Drivers of the machine's devices, where the kernel has them as modules; what they need comes along.
+/// Drivers of the machine's devices, where the kernel has them as modules; what they need comes along. The
+/// agent loads them in this order and begins its work once the network is there.
 const MODULES: [&str; 4] = ["virtio_mmio", "virtio_net", "virtio_rng", "virtio_blk"];
 /// Scripts whose interpreters are scripts: as many as Linux follows.
 const SCRIPTS_MAX: usize = 4;
@@ -45,6 +46,9 @@ const FOLDERS: [(&str, u32); 10] = [
 ];
 /// Folders that today's systems have as links into `/usr`; they are links in the guest where they are here.
 const MERGED: [&str; 4] = ["/bin", "/lib", "/lib64", "/sbin"];
+
+/// Folders that a guest's kernel fills.
+const KERNELS: [&str; 3] = ["/dev", "/proc", "/sys"];
 
 /// Files of every guest, unless others were named.
 const FILES: [(&str, &str); 4] = [
@@ -124,7 +128,9 @@ fn add_guest(image: &mut Image, kernel: &KernelCache, agent: &Path) -> Result<()
     for source in modules.load_order(&wanted)? {
         let name = source.file_name().unwrap_or_default().to_string_lossy();
         let target = format!("/onde/{name}");
-        image.file(Path::new(&target), 0o644, read(&source)?)?;
+        let mut module = read(&source)?;
+        module.truncate(unsigned(&module).len());
+        image.file(Path::new(&target), 0o644, module)?;
         list.push_str(&target);
         list.push('\n');
     }
@@ -135,6 +141,19 @@ fn add_guest(image: &mut Image, kernel: &KernelCache, agent: &Path) -> Result<()
         }
     }
     Ok(())
+}
+
+/// A module without its signature (kernel, include/linux/module_signature.h). A guest has nobody to prove
+/// anything to, and checking signatures is most of what loading costs it at boot.
+fn unsigned(module: &[u8]) -> &[u8] {
+    const MARK: &[u8] = b"~Module signature appended~\n";
+    const HEAD: usize = 12;
+    let stripped = || {
+        let (rest, size) = module.strip_suffix(MARK)?.split_last_chunk()?;
+        let signature = u32::from_be_bytes(*size) as usize;
+        rest.get(..rest.len().checked_sub(HEAD - size.len() + signature)?)
+    };
+    stripped().unwrap_or(module)
 }
 
 /// The description by which the agent starts the program.
@@ -326,7 +345,8 @@ impl Host {
     /// What to say about an argument that looks like a file that was forgotten.
     fn hint(&self, image: &Image, arg: &OsStr) -> Option<String> {
         let path = self.absolute(Path::new(arg));
-        let is_forgotten = !arg.is_empty() && path.exists() && !image.has(&path);
+        let is_kernels = KERNELS.iter().any(|folder| path.starts_with(folder));
+        let is_forgotten = !arg.is_empty() && path.exists() && !image.has(&path) && !is_kernels;
         let shown = arg.to_string_lossy();
         is_forgotten.then(|| format!("{shown} is a file here and not in the VM: --file {shown}"))
     }

@@ -14,6 +14,9 @@ const LOST: Duration = Duration::from_secs(30);
 /// Silence that is worth a word.
 const SILENT: Duration = Duration::from_secs(5);
 
+/// A VM that has so few seconds left, and no budget, is worth a word: short programs end before.
+const AT_BUDGET_S: u64 = 10;
+
 /// How the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
@@ -76,7 +79,8 @@ impl Mood {
             report.line("the node answers again");
         }
         self.silent_since = None;
-        let at_budget = matches!(standing, Standing::AtBudget(_));
+        let at_budget =
+            matches!(standing, Standing::AtBudget(status) if status.seconds_left < AT_BUDGET_S);
         if at_budget && !self.told_budget {
             let left = span(standing.status().seconds_left);
             report.warn(&format!("the budget is spent: the VM ends in {left}; onde pay lifts it"));

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use crate::cluster::Cluster;
 use crate::failure;
 use crate::report::Report;
-use crate::table::tokens;
+use crate::table::{cost, tokens};
 
 /// The broker asks its nodes every second or so, and gives a silent one up after a minute: an answer
 /// within this time is worth the wait, a minute is not.
@@ -66,14 +66,13 @@ pub fn tell(cluster: &Cluster, job: &Job, report: &Report) {
 
 /// What a job cost.
 pub fn words(job: &Job, settled: &Settled) -> String {
-    let cost = tokens(settled.paid_micro.saturating_sub(settled.refund_micro));
-    let change = settled.refund_micro / 10_000;
+    let spent = cost(settled.paid_micro.saturating_sub(settled.refund_micro));
+    let change = tokens(settled.refund_micro);
     let how = match settled.by {
         SettledBy::Certificate => "",
         SettledBy::Unused => " (its boot token was never shown)",
         SettledBy::NodeRestarted => " (its node restarted: by the broker's last look)",
         SettledBy::NodeSilent => " (its node is silent: by the broker's last look)",
     };
-    let (id, whole, cents) = (job.short_id(), change / 100, change % 100);
-    format!("job {id} cost {cost} tokens, {whole}.{cents:02} came back{how}")
+    format!("job {} cost {spent} tokens, {change} came back{how}", job.short_id())
 }

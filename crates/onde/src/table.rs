@@ -1,8 +1,16 @@
 //! Plain tables and amounts for people: columns two spaces apart, as wide as their widest cell.
 
-/// Micro-tokens as tokens with two digits behind the point, rounded up for costs to add up.
+/// Micro-tokens that somebody has or gets, as tokens with two digits behind the point: never more than there is.
 pub fn tokens(micro: u64) -> String {
-    let cents = micro.div_ceil(10_000);
+    cents(micro / 10_000)
+}
+
+/// Micro-tokens that somebody has to pay: never less than it is.
+pub fn cost(micro: u64) -> String {
+    cents(micro.div_ceil(10_000))
+}
+
+fn cents(cents: u64) -> String {
     format!("{}.{:02}", cents / 100, cents % 100)
 }
 
@@ -44,7 +52,8 @@ mod tests {
 
     #[test]
     fn amounts_and_spans() {
-        assert_eq!([0, 1, 10_000, 1_230_000].map(tokens), ["0.00", "0.01", "0.01", "1.23"]);
+        assert_eq!([0, 1, 10_000, 1_239_999].map(tokens), ["0.00", "0.00", "0.01", "1.23"]);
+        assert_eq!([0, 1, 10_000, 1_230_001].map(cost), ["0.00", "0.01", "0.01", "1.24"]);
         assert_eq!([5, 119, 600, 7200, 200_000].map(span), ["5s", "119s", "10m", "2h", "2d"]);
     }
 }

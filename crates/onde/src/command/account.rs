@@ -11,7 +11,7 @@ use crate::cluster::{Cluster, enter};
 use crate::config::{Config, Context};
 use crate::failure::hinted;
 use crate::report::Report;
-use crate::table::{render, span, tokens};
+use crate::table::{cost, render, span, tokens};
 
 pub fn run(context: Option<&str>, account: Account, report: &Report) -> Result<()> {
     match account {
@@ -40,9 +40,11 @@ fn show(cluster: &Cluster, limit: u32, json: bool) -> Result<()> {
     }
     let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_secs();
     let row = |entry: &onde_client::api::Entry| {
-        let sign = if entry.delta_micro < 0 { "-" } else { "+" };
         let job = entry.job.map_or(String::new(), |job| job.to_string()[..8].to_owned());
-        let amount = format!("{sign}{}", tokens(entry.delta_micro.unsigned_abs()));
+        let amount = match entry.delta_micro {
+            out @ ..0 => format!("-{}", cost(out.unsigned_abs())),
+            into => format!("+{}", tokens(into.unsigned_abs())),
+        };
         vec![span(now.saturating_sub(entry.at)), amount, entry.reason.clone(), job]
     };
     let rows: Vec<_> = account.entries.iter().map(row).collect();

@@ -12,7 +12,7 @@ use crate::cluster::Cluster;
 use crate::failure::hinted;
 use crate::report::Report;
 use crate::settle;
-use crate::table::{span, tokens};
+use crate::table::{cost, span, tokens};
 
 #[derive(Serialize)]
 struct Told {
@@ -98,8 +98,8 @@ fn text(told: &Told) -> String {
         told.stage,
         tokens(told.balance_micro),
         span(told.seconds_left),
-        tokens(told.burn_micro_per_s),
-        tokens(told.spent_micro),
+        cost(told.burn_micro_per_s),
+        cost(told.spent_micro),
         told.tokens_paid,
         told.budget,
         told.age_ms as f64 / 1e3,

@@ -7,7 +7,7 @@ use std::process::{Command, ExitCode};
 
 use super::{print, print_json};
 use crate::cluster::Cluster;
-use crate::table::{render, span, tokens};
+use crate::table::{cost, render, span};
 
 pub fn list(context: Option<&str>, json: bool) -> Result<()> {
     let nodes = Cluster::open(context)?.broker.nodes()?;
@@ -24,8 +24,8 @@ pub fn list(context: Option<&str>, json: bool) -> Result<()> {
             format!("{}/{}", node.mem_mib_free, node.mem_mib),
             node.cpus.to_string(),
             node.slots_free.to_string(),
-            tokens(node.prices.vcpu_s),
-            tokens(node.prices.gib_s),
+            cost(node.prices.vcpu_s),
+            cost(node.prices.gib_s),
         ]
     };
     let rows: Vec<_> = nodes.iter().map(row).collect();

@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use super::{print, print_json};
 use crate::cluster::{Cluster, jobs};
-use crate::table::{render, span, tokens};
+use crate::table::{cost, render, span};
 
 /// One lost packet must not make a node look silent, and a silent one not hold the list up.
 const POLICY: Policy = Policy { tries: 2, first: Duration::from_millis(300) };
@@ -106,7 +106,7 @@ fn table(rows: &[Row]) -> String {
                 Some(exit) => format!("{}, exit {exit}", row.state),
                 None => row.state.clone(),
             },
-            text(row.spent_micro.map(tokens)),
+            text(row.spent_micro.map(cost)),
             text(row.seconds_left.map(span)),
             row.program.clone(),
         ]

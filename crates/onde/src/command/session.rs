@@ -4,8 +4,8 @@ use anyhow::{Context, Result};
 use onde_client::bootstrap;
 use onde_client::channel::{Channel, ChannelError};
 use onde_client::job::Job;
-use onde_client::session::{Ended, FROM_END, Session, Streams};
-use onde_wire::session::Launch;
+use onde_client::session::{Ended, FROM_END, Session, SessionError, Streams};
+use onde_wire::session::{Launch, Refusal};
 use std::ffi::OsString;
 use std::io::{stderr, stdin, stdout};
 use std::os::unix::ffi::OsStrExt;
@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use super::home::{BOOT_PATIENCE, output_file};
 use crate::cluster::Cluster;
-use crate::failure::hinted;
+use crate::failure::{self, hinted};
 use crate::interrupt::Interrupt;
 use crate::report::Report;
 use crate::terminal;
@@ -81,8 +81,22 @@ pub fn exec(name: &str, tty: bool, command: &[OsString]) -> Result<ExitCode> {
     if window.is_some() {
         terminal::make_raw().context("no terminal to give")?;
     }
-    let ended = session.exec(&launch, streams())?;
-    Ok(exit_code(&ended, &Report::new(false)))
+    match session.exec(&launch, streams()) {
+        Ok(ended) => Ok(exit_code(&ended, &Report::new(false))),
+        Err(error) => Ok(failed(error)),
+    }
+}
+
+/// The exit status that shells and container tools give to a program that does not start.
+fn failed(error: SessionError) -> ExitCode {
+    let code = match &error {
+        SessionError::Refused { refusal: Refusal::NotFound, .. } => 127,
+        SessionError::Refused { refusal: Refusal::NotExecutable, .. } => 126,
+        _ => super::FAILED,
+    };
+    terminal::restore();
+    eprintln!("{}", failure::lines(&error.into()));
+    code.into()
 }
 
 pub fn attach(name: &str, report: &Report) -> Result<ExitCode> {

@@ -164,9 +164,22 @@ fn named_files_and_folders_go_where_they_are_told() {
     assert!(missing.unwrap_err().to_string().starts_with("there is no file"));
     assert_eq!(scratch.host().hint(&image, OsStr::new("input")), None);
     assert_eq!(scratch.host().hint(&image, OsStr::new("-x")), None);
+    assert_eq!(scratch.host().hint(&image, OsStr::new("/proc/uptime")), None);
     scratch.write("forgotten", 0o644, b"");
     let hint = scratch.host().hint(&image, OsStr::new("forgotten")).unwrap();
     assert_eq!(hint, "forgotten is a file here and not in the VM: --file forgotten");
+}
+
+#[test]
+fn modules_lose_their_signature_and_nothing_else() {
+    let mut module = b"code".to_vec();
+    assert_eq!(unsigned(&module), b"code");
+    module.extend([7; 5]);
+    module.extend([0, 0, 2, 0, 0, 0, 0, 0, 0, 0, 0, 5]);
+    module.extend(b"~Module signature appended~\n");
+    assert_eq!(unsigned(&module), b"code");
+    assert_eq!(unsigned(&module[1..]), b"ode");
+    assert_eq!(unsigned(&module[5..]), &module[5..]);
 }
 
 #[test]
