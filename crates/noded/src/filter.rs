@@ -1,5 +1,5 @@
 //! The filter on what VMs send: an XDP program on each tap lets a frame pass only if it is ARP or IPv4 from one
-//! of the VM's two address pairs. One program serves all taps and finds the pairs in a table by the tap's interface
+//! of the VM's two address pairs, and if the VM is not ahead of the rate it bought. One program serves all taps and finds the pairs in a table by the tap's interface
 //! number. Used by [`crate::vm`]. It is attached through descriptors, so it cannot outlive `noded`, and never looks
 //! past the fixed headers.
 //!
@@ -26,6 +26,25 @@ pub struct Pair {
 const TAPS_MAX: u32 = 2 * SLOTS_MAX;
 /// Bytes of a pair in the table: MAC, two zeros, address.
 const PAIR_SIZE: usize = 12;
+/// Bytes of an entry: two pairs, then the four numbers of the rate limit.
+const ENTRY_SIZE: usize = 2 * PAIR_SIZE + 4 * 8;
+
+/// Rates are in bytes per 2^30 ns, so that the program needs no division.
+const SECOND_BITS: u32 = 30;
+/// Rates from here on are no limit: no tap is as fast, and the program's products stay below 2^64.
+const NET_KIB_S_MAX: u32 = 4 << 20;
+/// Least that a VM may send at once, bytes: two of the largest segments, or none would ever pass.
+const BURST_MIN: u64 = 128 << 10;
+
+/// Most bytes that a VM limited to `net_kib_s` can send at once: an eighth of a second's.
+pub fn burst_bytes(net_kib_s: u32) -> u64 {
+    (u64::from(net_kib_s) * 1024 / 8).max(BURST_MIN)
+}
+
+/// Whether the filter limits a VM that bought `net_kib_s`.
+pub fn is_limited(net_kib_s: u32) -> bool {
+    (1..NET_KIB_S_MAX).contains(&net_kib_s)
+}
 
 /// The filter of a node.
 pub struct Filter {
@@ -53,7 +72,7 @@ impl Drop for Attached {
 impl Filter {
     /// Loads the program.
     pub fn load() -> io::Result<Self> {
-        let table = Arc::new(Table::new(2 * PAIR_SIZE, TAPS_MAX)?);
+        let table = Arc::new(Table::new(ENTRY_SIZE, TAPS_MAX)?);
         let program = bpf::load_xdp(&assemble(&table))?;
         Ok(Self { table, program, first: None })
     }
@@ -64,24 +83,37 @@ impl Filter {
         Ok(self)
     }
 
-    /// Lets the tap with this interface number send from these pairs only.
-    pub fn attach(&self, index: u32, pairs: [Pair; 2]) -> io::Result<Attached> {
+    /// Lets the tap with this interface number send from these pairs only, and at this rate; 0 for no limit.
+    pub fn attach(&self, index: u32, pairs: [Pair; 2], net_kib_s: u32) -> io::Result<Attached> {
         // A tap that has no entry yet passes nothing.
         let link = bpf::attach_xdp(self.program.as_fd(), index)?;
         let attached = Attached { _link: link, table: self.table.clone(), index };
-        self.table.set(index, &emit(pairs))?;
+        self.table.set(index, &emit(pairs, net_kib_s))?;
         Ok(attached)
     }
 }
 
-fn emit(pairs: [Pair; 2]) -> [u8; 2 * PAIR_SIZE] {
-    let mut out = [0; 2 * PAIR_SIZE];
+/// An entry of the table: the VM starts with all of its burst.
+fn emit(pairs: [Pair; 2], net_kib_s: u32) -> [u8; ENTRY_SIZE] {
+    let mut out = [0; ENTRY_SIZE];
     for (out, pair) in out.chunks_exact_mut(PAIR_SIZE).zip(pairs) {
         out[..6].copy_from_slice(&pair.mac);
         out[8..].copy_from_slice(&pair.ipv4);
     }
+    let bytes_s = if is_limited(net_kib_s) { u64::from(net_kib_s) * 1024 } else { 0 };
+    let rate = (bytes_s << SECOND_BITS).div_ceil(1_000_000_000);
+    let burst = burst_bytes(net_kib_s);
+    for (at, number) in [(RATE, rate), (CREDIT, burst), (BURST, burst)] {
+        out[at as usize..][..8].copy_from_slice(&number.to_ne_bytes());
+    }
     out
 }
+
+// Numbers of the rate limit in an entry, u64 each.
+const RATE: i16 = 24;
+const LAST_NS: i16 = 32;
+const CREDIT: i16 = 40;
+const BURST: i16 = 48;
 
 // Registers. 0 is the address of the pairs, then the result; 1 the context, then scratch; 10 the stack.
 const RESULT: u8 = 0;
@@ -95,6 +127,9 @@ const DATA: u8 = 6;
 const END: u8 = 7;
 const MAC_HEAD: u8 = 8;
 const MAC_TAIL: u8 = 9;
+// What the last two are when the MAC is known to be right.
+const ENTRY: u8 = 8;
+const SIZE: u8 = 9;
 const STACK: u8 = 10;
 
 // struct xdp_md (include/uapi/linux/bpf.h).
@@ -132,7 +167,7 @@ fn assemble(table: &Table) -> Vec<Insn> {
         Insn::load(Width::U32, DATA, CONTEXT, CONTEXT_DATA),
         Insn::load(Width::U32, END, CONTEXT, CONTEXT_END),
         Insn::load(Width::U32, KEY, CONTEXT, CONTEXT_INDEX),
-        Insn::store_u32(STACK, -4, KEY),
+        Insn::store(Width::U32, STACK, -4, KEY),
     ];
     code.extend(Insn::table(CONTEXT, table));
     code.extend([Insn::copy(KEY, STACK), Insn::add(KEY, -4), Insn::look_up()]);
@@ -148,13 +183,59 @@ fn assemble(table: &Table) -> Vec<Insn> {
     code.extend(match_pair(PAIR_SIZE as i16, 2));
     code.extend(DROP);
     code.push(Insn::load(Width::U16, FIELD, DATA, TYPE_AT));
-    let ip = ip_rules();
-    code.push(Insn::skip_unless_equal(FIELD, half([8, 0]), ip.len() as i16 + 2));
+    let (ip, arp) = (ip_rules(), arp_rules());
+    code.push(Insn::skip_unless_equal(FIELD, half([8, 0]), ip.len() as i16 + 1));
     code.extend(ip);
-    code.extend(PASS);
+    code.push(Insn::skip(3 + arp.len() as i16));
     code.extend(require(FIELD, half([8, 6])));
-    code.extend(arp_rules());
+    code.extend(arp);
+    code.extend(rate_rules());
     code.extend(PASS);
+    code
+}
+
+/// Drops what is ahead of the rate: a bucket that fills with time. Only one thread writes to a tap, so the numbers
+/// need no lock.
+fn rate_rules() -> Vec<Insn> {
+    const NOW: u8 = 0;
+    const SPEED: u8 = 1;
+    const LAST: u8 = 2;
+    const MOST: u8 = 3;
+    let load = |to, at| Insn::load(Width::U64, to, ENTRY, at);
+    let keep = |at, from| Insn::store(Width::U64, ENTRY, at, from);
+    let limit = [
+        Insn::now_ns(),
+        load(LAST, LAST_NS),
+        keep(LAST_NS, NOW),
+        // NOW becomes the time since the last frame, at most a second, then what that adds to the credit.
+        Insn::subtract(NOW, LAST),
+        Insn::set(MOST, 1 << SECOND_BITS),
+        Insn::skip_if_not_greater(NOW, MOST, 1),
+        Insn::copy(NOW, MOST),
+        load(SPEED, RATE),
+        Insn::multiply(NOW, SPEED),
+        Insn::shift_right(NOW, SECOND_BITS as i32),
+        load(LAST, CREDIT),
+        Insn::add_register(NOW, LAST),
+        load(MOST, BURST),
+        Insn::skip_if_not_greater(NOW, MOST, 1),
+        Insn::copy(NOW, MOST),
+        keep(CREDIT, NOW),
+        Insn::skip_if_not_greater(SIZE, NOW, 2),
+        DROP[0],
+        DROP[1],
+        Insn::subtract(NOW, SIZE),
+        keep(CREDIT, NOW),
+    ];
+    let mut code = vec![
+        Insn::copy(ENTRY, PAIRS),
+        Insn::copy(SIZE, END),
+        Insn::subtract(SIZE, DATA),
+        load(SPEED, RATE),
+        Insn::skip_unless_zero(SPEED, 1),
+        Insn::skip(limit.len() as i16),
+    ];
+    code.extend(limit);
     code
 }
 
@@ -245,7 +326,7 @@ mod tests {
 
     fn check(frame: &[u8], passes: bool) {
         let filter = Filter::load().expect("the verifier takes it");
-        filter.table.set(LOOPBACK, &emit([A, B])).expect("there is room");
+        filter.table.set(LOOPBACK, &emit([A, B], 0)).expect("there is room");
         let verdict = bpf::try_on(filter.program.as_fd(), frame).expect("it runs");
         assert_eq!(verdict == XDP_PASS, passes, "verdict {verdict} on {frame:02x?}");
     }
@@ -272,6 +353,19 @@ mod tests {
         let filter = Filter::load().expect("the verifier takes it");
         let verdict = bpf::try_on(filter.program.as_fd(), &ip(A.mac, A.ipv4)).expect("it runs");
         assert_eq!(verdict, XDP_DROP);
+    }
+
+    #[test]
+    fn a_vm_sends_no_faster_than_it_bought() {
+        let filter = Filter::load().expect("the verifier takes it");
+        // 8 KiB a second: what comes in while this test runs is less than a frame.
+        filter.table.set(LOOPBACK, &emit([A, B], 8)).expect("there is room");
+        let mut frame = ip(A.mac, A.ipv4);
+        frame.resize(1024, 0);
+        let send = || bpf::try_on(filter.program.as_fd(), &frame).expect("it runs") == XDP_PASS;
+        let passed = (0..300).filter(|_| send()).count() as u64;
+        let all_at_once = burst_bytes(8) / 1024;
+        assert!((all_at_once..all_at_once + 2).contains(&passed), "{passed} frames");
     }
 
     #[test]

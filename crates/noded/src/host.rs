@@ -28,6 +28,8 @@ use crate::world::World;
 const RESERVE_MIB: u64 = 64;
 /// Most open files: ten for each of 253 slots, and room.
 const FILES_MAX: u64 = 8192;
+/// Ahead of VMs, which would else delay charges and answers when all processors are busy.
+const PRIORITY: i32 = -10;
 /// The tap that the filter is attached to first.
 const FILTER_TAP: &CStr = c"onde-filter";
 
@@ -103,6 +105,8 @@ impl Settings {
         let config = self.config()?;
         let place = self.place()?;
         raise_files().map_err(Trouble::at("limit of open files", ""))?;
+        rustix::process::setpriority_process(None, PRIORITY)
+            .map_err(Trouble::at("priority", "noded has to run as root"))?;
         let packetd = Packetd::new(open(&self.programs.packetd)?, self.setup(&config)?);
         let node = Node::new(config);
         println!(

@@ -5,6 +5,8 @@
 use onde_wire::packet::Prices;
 use onde_wire::token::BootToken;
 
+use crate::filter::{burst_bytes, is_limited};
+
 /// MiB-milliseconds in a GiB-second.
 const GIB_S: u64 = 1024 * 1000;
 /// Microseconds in a second.
@@ -74,10 +76,18 @@ pub fn burn_held(prices: &Prices, shape: &BootToken) -> u64 {
     burn.try_into().unwrap_or(u64::MAX)
 }
 
+/// Most bytes that a VM of this shape can send in a second.
+fn sent_max(shape: &BootToken) -> u64 {
+    match shape.net_kib_s {
+        rate if is_limited(rate) => u64::from(rate) * 1024 + burst_bytes(rate),
+        _ => SENT_MAX_PER_S,
+    }
+}
+
 /// The most micro-tokens a second that a VM of this shape can cost, rounded up.
 pub fn burn_max(prices: &Prices, shape: &BootToken) -> u64 {
     let vcpus = prices.vcpu_s.saturating_mul(shape.vcpus.into());
-    let sent = prices.gib_sent.saturating_mul(SENT_MAX_PER_S / GIB);
+    let sent = total(&[(sent_max(shape), prices.gib_sent, GIB)]).saturating_add(1);
     burn_held(prices, shape).saturating_add(vcpus).saturating_add(sent)
 }
 

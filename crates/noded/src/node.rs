@@ -3,6 +3,7 @@
 //! Never looks at a clock, a descriptor or a random number.
 
 use std::collections::BTreeMap;
+use std::fmt;
 
 use onde_wire::handover::COOKIE_SIZE;
 use onde_wire::key::{self, Key};
@@ -80,6 +81,8 @@ pub struct Spec {
     pub held_mib: u32,
     /// Number of vCPUs.
     pub vcpus: u16,
+    /// Most KiB a second that it may send; 0 for no limit.
+    pub net_kib_s: u32,
 }
 
 /// What happened.
@@ -120,6 +123,26 @@ pub enum Effect {
     Publish(u32, Meter),
     /// Tell a VMM.
     Command(u32, VmmCommand),
+    /// Leave a line in the node's log.
+    Note(JobId, Note),
+}
+
+/// What the log says about a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Note {
+    /// Its VM was made in this slot.
+    Started(u32),
+    /// Its VM is gone, and it was charged so many micro-tokens in all.
+    Ended(EndReason, u64),
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Note::Started(slot) => write!(f, "starts in slot {slot}"),
+            Note::Ended(reason, spent) => write!(f, "ended ({reason:?}), spent {spent}"),
+        }
+    }
 }
 
 struct Record {
@@ -300,7 +323,13 @@ impl Node {
             prefix_len: token.prefix_len,
         };
         let held_mib = admission::held_mib(token.mem_mib);
-        Spec { identity, mem_mib: token.mem_mib, held_mib, vcpus: token.vcpus }
+        Spec {
+            identity,
+            mem_mib: token.mem_mib,
+            held_mib,
+            vcpus: token.vcpus,
+            net_kib_s: token.net_kib_s,
+        }
     }
 
     /// The record of the job that lives in a slot.
@@ -325,6 +354,9 @@ impl Node {
                 false => Reply::Refused(Op::Boot, Status::NodeFault),
             };
             effects.push(self.reply(&caller, &reply));
+            if done {
+                effects.push(Effect::Note(caller.job, Note::Started(slot)));
+            }
         }
         effects
     }
@@ -411,9 +443,12 @@ impl Node {
         record.job.gone(now_ms);
         record.tail = tail;
         let (held, caller) = (admission::held_mib(record.job.token().mem_mib), record.stop.take());
+        let ended = record.job.status(now_ms);
+        let note = Note::Ended(ended.end, ended.spent_micro);
+        let note = Effect::Note(record.job.token().job, note);
         self.mem_mib_free += held;
         self.slots[slot as usize] = None;
-        caller.map(|caller| self.certificate(&caller)).into_iter().collect()
+        caller.map(|caller| self.certificate(&caller)).into_iter().chain([note]).collect()
     }
 
     fn timer(&mut self, now_ms: u64) -> Vec<Effect> {

@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 
 use onde_sys::signals::Signals;
 use onde_wire::handover::Handover;
+use onde_wire::machine::VmmEvent;
 use rustix::event::{Timespec, epoll};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use rustix::time::ClockId;
@@ -136,6 +137,9 @@ impl Loop {
             Source::Packetd => self.serve_packetd(),
             Source::Control(slot) => {
                 for event in self.world.hear(slot) {
+                    if let VmmEvent::Fault(code) = event {
+                        println!("onde: slot {slot}: vmm cannot go on: fault {code}");
+                    }
                     self.step(Event::Vmm(slot, event));
                 }
             }

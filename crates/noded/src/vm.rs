@@ -265,7 +265,8 @@ impl Network {
         let identity = &spec.identity;
         let boot = Pair { mac: identity.boot_mac, ipv4: identity.boot_ipv4 };
         let guest = Pair { mac: identity.mac, ipv4: identity.ipv4 };
-        let filter = place.filter.attach(place.links.index(name)?, [boot, guest])?;
+        let filter =
+            place.filter.attach(place.links.index(name)?, [boot, guest], spec.net_kib_s)?;
         no_ipv6(name)?;
         place.links.add_port(&place.bridge, name)?;
         place.links.set_up(name, true)?;

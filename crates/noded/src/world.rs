@@ -174,6 +174,11 @@ impl World {
                 self.vm(slot)?.tell(command);
                 None
             }
+            Effect::Note(job, note) => {
+                let [a, b, c, d, ..] = job;
+                println!("onde: job {a:02x}{b:02x}{c:02x}{d:02x}: {note}");
+                None
+            }
         }
     }
 

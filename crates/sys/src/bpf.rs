@@ -25,6 +25,8 @@ pub enum Width {
     U16 = 0x08,
     /// Four bytes.
     U32 = 0x00,
+    /// Eight bytes.
+    U64 = 0x18,
 }
 
 impl Insn {
@@ -37,9 +39,9 @@ impl Insn {
         Self::new(0x61 | width as u8, dst, src, offset, 0)
     }
 
-    /// `*(u32 *)(dst + offset) = src`
-    pub const fn store_u32(dst: u8, offset: i16, src: u8) -> Self {
-        Self::new(0x63, dst, src, offset, 0)
+    /// `*(width *)(dst + offset) = src`
+    pub const fn store(width: Width, dst: u8, offset: i16, src: u8) -> Self {
+        Self::new(0x63 | width as u8, dst, src, offset, 0)
     }
 
     /// `dst` = the table, for [`Self::look_up`].
@@ -55,6 +57,11 @@ impl Insn {
         Self::new(0x85, 0, 0, 0, 1)
     }
 
+    /// Register 0 = nanoseconds since some moment. Registers 1 to 5 are lost.
+    pub const fn now_ns() -> Self {
+        Self::new(0x85, 0, 0, 0, 5)
+    }
+
     /// `dst = src`
     pub const fn copy(dst: u8, src: u8) -> Self {
         Self::new(0xbf, dst, src, 0, 0)
@@ -68,6 +75,26 @@ impl Insn {
     /// `dst += immediate`
     pub const fn add(dst: u8, immediate: i32) -> Self {
         Self::new(0x07, dst, 0, 0, immediate)
+    }
+
+    /// `dst += src`
+    pub const fn add_register(dst: u8, src: u8) -> Self {
+        Self::new(0x0f, dst, src, 0, 0)
+    }
+
+    /// `dst -= src`
+    pub const fn subtract(dst: u8, src: u8) -> Self {
+        Self::new(0x1f, dst, src, 0, 0)
+    }
+
+    /// `dst *= src`
+    pub const fn multiply(dst: u8, src: u8) -> Self {
+        Self::new(0x2f, dst, src, 0, 0)
+    }
+
+    /// `dst >>= bits`, zeros come in.
+    pub const fn shift_right(dst: u8, bits: i32) -> Self {
+        Self::new(0x77, dst, 0, 0, bits)
     }
 
     /// `dst &= immediate`, 32 bits.

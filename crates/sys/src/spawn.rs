@@ -132,6 +132,8 @@ fn try_become(
 ) -> Result<std::convert::Infallible, Failed> {
     unblock_signals();
     rustix::process::setsid().step("setsid")?;
+    // A supervisor may run with a better priority than what it starts.
+    rustix::process::setpriority_process(None, 0).step("priority")?;
     let file = place_fds(program, parked)?;
     if let Some(jail) = &program.jail {
         enter(jail)?;

@@ -175,6 +175,7 @@ impl Bench {
                 self.vms.get_mut(&slot).expect("only the living have a meter").meter = meter;
                 None
             }
+            Effect::Note(..) => None,
             Effect::Command(slot, command) => {
                 assert!(self.vms.contains_key(&slot));
                 self.heard += &format!("{command:?} ");
