@@ -4,8 +4,10 @@
 use anyhow::{Context, Result, bail};
 use onde_wire::machine::{INFO_SIZE, INFO_START, Identity};
 use onde_wire::session::MODULES_PATH;
+use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use rustix::system::RebootCommand;
+use std::collections::VecDeque;
 use std::fs::File;
 use std::io::ErrorKind;
 
@@ -46,19 +48,36 @@ pub fn mount_all() -> Result<()> {
     Ok(())
 }
 
-/// Loads the kernel modules that were packed, in the order of their list.
-pub fn load_modules() -> Result<()> {
-    let list = std::fs::read_to_string(MODULES_PATH)
-        .with_context(|| format!("cannot read {MODULES_PATH}"))?;
-    for path in list.lines().take(MODULES_MAX) {
-        let file = File::open(path).with_context(|| format!("no kernel module {path}"))?;
-        match rustix::system::finit_module(&file, c"", 0) {
-            // What is there already serves as well.
-            Ok(()) | Err(rustix::io::Errno::EXIST) => {}
-            Err(error) => return Err(error).with_context(|| format!("cannot load {path}")),
-        }
+/// The kernel modules that were packed and are not loaded yet, in the order of their list.
+pub struct Modules {
+    paths: VecDeque<String>,
+}
+
+impl Modules {
+    /// Those of the packed list.
+    pub fn read() -> Result<Self> {
+        let list = std::fs::read_to_string(MODULES_PATH)
+            .with_context(|| format!("cannot read {MODULES_PATH}"))?;
+        Ok(Self { paths: list.lines().take(MODULES_MAX).map(str::to_owned).collect() })
     }
-    Ok(())
+
+    /// Loads the next ones until `is_enough`, or all of them.
+    pub fn load_until(&mut self, is_enough: impl Fn() -> bool) -> Result<()> {
+        while !is_enough() {
+            let Some(path) = self.paths.pop_front() else { break };
+            load(&path)?;
+        }
+        Ok(())
+    }
+}
+
+fn load(path: &str) -> Result<()> {
+    let file = File::open(path).with_context(|| format!("no kernel module {path}"))?;
+    match rustix::system::finit_module(&file, c"", 0) {
+        // What is there already serves as well.
+        Ok(()) | Err(Errno::EXIST) => Ok(()),
+        Err(error) => Err(error).with_context(|| format!("cannot load {path}")),
+    }
 }
 
 /// Who this guest is, from the machine's info page.

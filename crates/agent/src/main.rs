@@ -45,7 +45,8 @@ fn main() -> ExitCode {
 /// Does not return while the guest lives.
 fn run() -> Result<()> {
     guest::mount_all()?;
-    guest::load_modules()?;
+    let mut modules = guest::Modules::read()?;
+    modules.load_until(network::has_device)?;
     let identity = guest::identity()?;
     guest::set_host_name(&identity)?;
     // Listens before the network is up: the first packet of a waiting customer finds the port open.
@@ -56,6 +57,12 @@ fn run() -> Result<()> {
         std::fs::read(LAUNCH_PATH).with_context(|| format!("cannot read {LAUNCH_PATH}"))?;
     let launch = Launch::parse(&launch).with_context(|| format!("{LAUNCH_PATH} is malformed"))?;
     let program = start::start(&children, &launch).inspect(|program| program.expect_client());
+    // What else there is comes while the customer connects.
+    children::spawn_thread("modules", move || {
+        if let Err(error) = modules.load_until(|| false) {
+            eprintln!("onde-agent: {error:#}");
+        }
+    })?;
     let address = std::net::Ipv4Addr::from(identity.ipv4);
     println!("onde-agent: ready {address}");
     server.run(children, program)

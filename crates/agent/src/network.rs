@@ -23,6 +23,11 @@ const SETTINGS: [(&str, &str); 3] = [
     ("/proc/sys/net/ipv4/tcp_retries2", "8"),
 ];
 
+/// Whether the device is there.
+pub fn has_device() -> bool {
+    Path::new("/sys/class/net/eth0").exists()
+}
+
 /// Brings the network up.
 pub fn bring_up(identity: &Identity) -> Result<()> {
     let links = Links::open().context("cannot set up the network")?;
