@@ -4,6 +4,7 @@
 
 mod bench;
 mod build;
+mod fuzz;
 mod setup;
 mod step;
 mod tcb;
@@ -39,6 +40,15 @@ enum Cmd {
     },
     /// Count the code that a customer or an owner has to trust
     Tcb,
+    /// Attack the parsers of bytes from outside
+    Fuzz {
+        /// Only this one of fuzz/fuzz_targets
+        target: Option<String>,
+        /// How long each is attacked
+        #[arg(long, value_name = "N", default_value_t = 30)]
+        #[arg(value_parser = clap::value_parser!(u64).range(1..))]
+        seconds: u64,
+    },
 }
 
 fn main() -> ExitCode {
@@ -48,6 +58,7 @@ fn main() -> ExitCode {
         Cmd::Test => test::run(),
         Cmd::Bench { json } => bench::run(json.as_deref()),
         Cmd::Tcb => tcb::run(),
+        Cmd::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
     };
     report(done)
 }

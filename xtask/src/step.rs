@@ -33,6 +33,11 @@ pub fn step(name: &str, work: impl FnOnce() -> Result<()>) -> Result<()> {
 /// Cargo, in `dir` with `args`, as if called from a fresh shell: what this cargo run put into the
 /// environment would override the folder's own configuration.
 pub fn cargo(dir: &Path, args: &[&str]) -> Result<()> {
+    cargo_with(dir, args, &[])
+}
+
+/// [`cargo`] with more in its environment.
+pub fn cargo_with(dir: &Path, args: &[&str], env: &[(&str, &str)]) -> Result<()> {
     let mut cargo = Command::new("cargo");
     cargo.args(args).current_dir(dir);
     for (name, _) in std::env::vars_os() {
@@ -43,6 +48,7 @@ pub fn cargo(dir: &Path, args: &[&str]) -> Result<()> {
             cargo.env_remove(name);
         }
     }
+    cargo.envs(env.iter().copied());
     show(&mut cargo)
 }
 

@@ -4,7 +4,7 @@
 use anyhow::Result;
 
 use crate::step::{cargo, root, step};
-use crate::{build, setup, tcb};
+use crate::{build, fuzz, setup, tcb};
 
 /// Runs all checks; stops at the first that fails.
 pub fn run() -> Result<()> {
@@ -19,6 +19,8 @@ pub fn run() -> Result<()> {
     step("format, bare metal", || cargo(&bare_metal, &["fmt", "--check"]))?;
     step("lint, bare metal", || cargo(&bare_metal, &["clippy", "--release", "--", "-Dwarnings"]))?;
     step("tests, bare metal", || cargo(&bare_metal, &["test", "--release", "--lib"]))?;
+    // Long enough to show that they run and that no input of the first thousands kills a parser.
+    step("fuzz targets", || fuzz::run(None, 1))?;
     // Tests of the lab are among these; each has a lab of its own, or waits for its turn.
     step("tests", || cargo(root(), &["test", "--release", "--workspace"]))
 }
