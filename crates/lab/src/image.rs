@@ -64,7 +64,7 @@ pub struct Extra {
 /// Writes the node image to `file`, with the cluster file `cluster` in it.
 pub fn build(file: &Path, kernel: &KernelCache, cluster: &[u8], extra: &[Extra]) -> Result<()> {
     let out = File::create(file).with_context(|| format!("cannot write {}", file.display()))?;
-    let mut image = Image { out: BufWriter::new(out), inode: 1 };
+    let mut image = Image::new(BufWriter::new(out));
     for folder in FOLDERS {
         image.add(folder, ModeFileType::Directory, 0o755, &[])?;
     }
@@ -74,16 +74,33 @@ pub fn build(file: &Path, kernel: &KernelCache, cluster: &[u8], extra: &[Extra])
     image.add("etc/onde/cluster", ModeFileType::Regular, 0o600, cluster)?;
     image.add_modules(kernel)?;
     image.add_extras(extra)?;
-    trailer(image.out)?.flush().with_context(|| format!("cannot write {}", file.display()))
+    image.end()?.flush().with_context(|| format!("cannot write {}", file.display()))
 }
 
-struct Image<W: Write> {
+/// An initramfs as it is written.
+pub(crate) struct Image<W: Write> {
     out: W,
     inode: u32,
 }
 
 impl<W: Write> Image<W> {
-    fn add(&mut self, name: &str, kind: ModeFileType, mode: u32, data: &[u8]) -> Result<()> {
+    /// An empty one.
+    pub(crate) fn new(out: W) -> Self {
+        Self { out, inode: 1 }
+    }
+
+    /// Says that no more follows.
+    pub(crate) fn end(self) -> Result<W> {
+        Ok(trailer(self.out)?)
+    }
+
+    pub(crate) fn add(
+        &mut self,
+        name: &str,
+        kind: ModeFileType,
+        mode: u32,
+        data: &[u8],
+    ) -> Result<()> {
         self.inode += 1;
         // The kernel takes files of one inode number and more than one link for the same file.
         let entry = Builder::new(name).ino(self.inode).nlink(1).mode(mode).set_mode_file_type(kind);
@@ -94,7 +111,7 @@ impl<W: Write> Image<W> {
         Ok(())
     }
 
-    fn add_file(&mut self, name: &str, source: &Path) -> Result<()> {
+    pub(crate) fn add_file(&mut self, name: &str, source: &Path) -> Result<()> {
         let data =
             std::fs::read(source).with_context(|| format!("cannot read {}", source.display()))?;
         self.add(name, ModeFileType::Regular, 0o755, &data)

@@ -6,6 +6,7 @@
 #![warn(missing_docs)]
 
 pub mod cluster;
+pub mod guest;
 pub mod image;
 pub mod keeper;
 pub mod kernel;

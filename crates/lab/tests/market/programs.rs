@@ -2,12 +2,11 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
-use cpio::newc::{Builder, ModeFileType, trailer};
 use onde_client::api::SettledBy;
+use onde_lab::guest;
 use onde_lab::kernel::KernelCache;
 
 use crate::world::{World, wait};
@@ -62,34 +61,11 @@ pub fn detached(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// A customer's own initramfs: a shell as `/init`, with its libraries.
-fn own_initramfs(init: &str) -> Result<Vec<u8>> {
-    let mut out = Vec::new();
-    let mut inode = 0;
-    let mut add = |name: &str, kind, mode, data: &[u8]| -> Result<()> {
-        inode += 1;
-        let entry = Builder::new(name).ino(inode).nlink(1).mode(mode).set_mode_file_type(kind);
-        let mut writer = entry.write(&mut out, data.len() as u32);
-        writer.write_all(data)?;
-        writer.finish()?;
-        Ok(())
-    };
-    for folder in ["bin", "dev", "lib", "lib64", "lib/x86_64-linux-gnu"] {
-        add(folder, ModeFileType::Directory, 0o755, &[])?;
-    }
-    let libraries = ["/lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/libc.so.6"];
-    for file in ["/bin/sh"].iter().chain(&libraries) {
-        add(&file[1..], ModeFileType::Regular, 0o755, &fs::read(Path::new(file))?)?;
-    }
-    add("init", ModeFileType::Regular, 0o755, format!("#!/bin/sh\n{init}").as_bytes())?;
-    Ok(trailer(out)?)
-}
-
 pub fn own_kernel(world: &World) -> Result<()> {
     let before = world.balance()?;
     let initrd = world.file("own.cpio");
     // The kernel opens the console for init once /dev is there.
-    fs::write(&initrd, own_initramfs("echo my own system, kernel and all\nread forever")?)?;
+    fs::write(&initrd, guest::initramfs("echo my own system, kernel and all\nread forever")?)?;
     let kernel = KernelCache::find()?.vmlinuz;
     let (kernel, initrd) = (kernel.display().to_string(), initrd.display().to_string());
     let order = ["--name", "own", "--tokens", "60", "--budget", "60"];

@@ -1,0 +1,29 @@
+//! A customer's own small system for `onde boot`: an initramfs with a shell of the host in it and none of Onde. The
+//! demo and the tests boot it; starts nothing.
+
+use std::path::Path;
+
+use anyhow::Result;
+use cpio::newc::ModeFileType;
+
+use crate::image::Image;
+
+/// Folders, in the order that the kernel makes them.
+const FOLDERS: [&str; 5] = ["bin", "dev", "lib", "lib64", "lib/x86_64-linux-gnu"];
+/// Programs of any Debian, and the libraries that they need.
+const FILES: [&str; 4] =
+    ["/bin/sh", "/bin/uname", "/lib64/ld-linux-x86-64.so.2", "/lib/x86_64-linux-gnu/libc.so.6"];
+
+/// An initramfs whose first program is the shell script `init`. Beside the shell it has `uname`.
+pub fn initramfs(init: &str) -> Result<Vec<u8>> {
+    let mut image = Image::new(Vec::new());
+    for folder in FOLDERS {
+        image.add(folder, ModeFileType::Directory, 0o755, &[])?;
+    }
+    for file in FILES {
+        image.add_file(&file[1..], Path::new(file))?;
+    }
+    let script = format!("#!/bin/sh\n{init}");
+    image.add("init", ModeFileType::Regular, 0o755, script.as_bytes())?;
+    image.end()
+}
