@@ -50,6 +50,11 @@ impl Cgroups {
         Ok(Self { folder, is_capped })
     }
 
+    /// The folder that VMs' groups are made in.
+    pub fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     /// Makes the group of a VM. `mem_mib` is for the VM and its VMM together.
     pub fn create(&self, name: &str, mem_mib: u32, vcpus: u16) -> io::Result<Cgroup> {
         let path = self.folder.join(name);

@@ -164,7 +164,8 @@ impl Settings {
         open(&self.programs.mstrap)?;
         let links = Links::open().map_err(Trouble::at("socket for interfaces", ""))?;
         Ok(Place {
-            filter: Self::filter(&links).map_err(Trouble::at("filter for taps", ""))?,
+            filter: Self::filter(&links)
+                .map_err(Trouble::at("filter for taps", "is another noded running?"))?,
             links,
             bridge: self.bridge.clone(),
             vmm: open(&self.programs.vmm)?,

@@ -9,6 +9,7 @@ pub mod cgroup;
 pub mod filter;
 pub mod host;
 pub mod init;
+pub mod inventory;
 pub mod job;
 pub mod meter;
 pub mod node;

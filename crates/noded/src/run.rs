@@ -12,6 +12,7 @@ use rustix::event::{Timespec, epoll};
 use rustix::process::{Pid, WaitOptions, WaitStatus};
 use rustix::time::ClockId;
 
+use crate::inventory::Inventory;
 use crate::node::{Event, Node};
 use crate::world::{Source, World};
 
@@ -52,6 +53,7 @@ pub struct Loop {
     node: Node,
     world: World,
     signals: Signals,
+    inventory: Inventory,
     hello_ms: u64,
     is_ready: bool,
     /// Why it ends, and when it ends even if VMs are left.
@@ -62,7 +64,8 @@ impl Loop {
     /// Joins them.
     pub fn new(node: Node, world: World, signals: Signals) -> io::Result<Self> {
         world.watch(signals.as_fd(), Source::Signals)?;
-        Ok(Self { node, world, signals, hello_ms: 0, is_ready: false, ending: None })
+        let inventory = Inventory::new(world.cgroups());
+        Ok(Self { node, world, signals, inventory, hello_ms: 0, is_ready: false, ending: None })
     }
 
     /// Runs until a signal ends it.
@@ -110,6 +113,9 @@ impl Loop {
             self.world.sweep();
             self.step(Event::Timer);
             self.world.packetd.tell(&Handover::Hello(self.node.hello(now_ms)));
+            if self.is_ready && self.world.is_empty() {
+                self.inventory.look();
+            }
         } else if self.node.wake_ms().is_some_and(|due| due <= now_ms) {
             self.step(Event::Timer);
         }
@@ -194,6 +200,7 @@ impl Loop {
                 }
             } else if let Some(event) = self.world.buried(pid) {
                 self.report(pid, status);
+                self.inventory.disturb();
                 self.step(event);
             }
         }

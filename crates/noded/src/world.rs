@@ -124,6 +124,11 @@ impl World {
         self.poll.as_fd()
     }
 
+    /// The folder of VMs' cgroups.
+    pub fn cgroups(&self) -> &std::path::Path {
+        self.place.cgroups.folder()
+    }
+
     /// Whether no VM's process is left.
     pub fn is_empty(&self) -> bool {
         self.vms.iter().all(Option::is_none)

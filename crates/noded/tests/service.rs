@@ -46,8 +46,8 @@ fn ip(args: &str) -> String {
 }
 
 impl Service {
-    /// Starts one on the interface `card`, after `prepare` has run in its network namespace.
-    fn spawn(prepare: &str) -> Self {
+    /// Starts one on this interface, after `prepare` has run in its network namespace, which has a `card`.
+    fn spawn(interface: &str, prepare: &str) -> Self {
         let number = SERVICES.fetch_add(1, Ordering::Relaxed);
         let namespace = format!("onde-noded-{}-{number}", std::process::id());
         let folder = std::env::temp_dir().join(&namespace);
@@ -60,7 +60,7 @@ impl Service {
         ip(&format!("netns add {namespace}"));
         let run = format!(
             "mount -t cgroup2 none /sys/fs/cgroup; ip link add card type veth peer name far; \
-             ip link set far up; {prepare} exec {} --interface card --cluster {dir}/cluster \
+             ip link set far up; {prepare} exec {} --interface {interface} --cluster {dir}/cluster \
              --node 3 --libexec {dir} --uncapped 2>&1",
             env!("CARGO_BIN_EXE_noded"),
             dir = folder.display()
@@ -78,9 +78,13 @@ impl Service {
         Self { child, namespace, folder, lines, stream: None, hello: None, jobs: 0 }
     }
 
-    /// Starts one and waits until it can be talked to.
+    /// Starts one on the card and waits until it can be talked to.
     fn start() -> Self {
-        let mut service = Self::spawn("");
+        Self::start_on("card", "")
+    }
+
+    fn start_on(interface: &str, prepare: &str) -> Self {
+        let mut service = Self::spawn(interface, prepare);
         service.line("onde: node ready");
         service.connect();
         service
@@ -354,8 +358,23 @@ fn the_host_is_left_as_it_was() {
 }
 
 #[test]
+fn a_bridge_that_is_there_is_used_and_stays() {
+    let prepare = "ip link add br7 type bridge; ip address add 198.18.255.1/15 dev br7; \
+                   ip link set card up master br7; ip link set br7 up;";
+    let mut service = Service::start_on("br7", prepare);
+    assert_eq!(fs::read_to_string(service.folder.join("interface")).expect("it runs"), "br7");
+    service.boot(64, 5_000_000);
+    let ports = ip(&format!("-n {} -o link show master br7", service.namespace));
+    assert_eq!(ports.lines().count(), 2, "{ports}");
+    service.signal("TERM");
+    assert!(service.child.wait().expect("it ends").success());
+    let ports = ip(&format!("-n {} -o link show master br7", service.namespace));
+    assert!(ports.contains("card") && ports.lines().count() == 1, "{ports}");
+}
+
+#[test]
 fn an_addressed_card_is_refused() {
-    let service = Service::spawn("ip address add 198.18.3.1/15 dev card;");
+    let service = Service::spawn("card", "ip address add 198.18.3.1/15 dev card;");
     service.line("noded: card has an IP address");
     service.line("hint: make a bridge");
 }

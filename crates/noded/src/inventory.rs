@@ -1,0 +1,165 @@
+//! What the node holds in the kernel, counted from outside of its own books: printed on the console when the node
+//! is ready and each time its last VM has ended, so that anybody can compare. Called by [`crate::run`]; frees
+//! nothing.
+
+use std::collections::HashSet;
+use std::fmt;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+/// Looks after each end, one a second: the kernel lets go of taps and cgroups within two or three. If it does
+/// not, that was said, and to say it again is no news.
+const LOOKS: u32 = 10;
+
+/// Numbers of things.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Counts {
+    /// This program and all that descends from it, the dead that nobody waited for, too.
+    pub processes: usize,
+    /// VMs' network interfaces.
+    pub taps: usize,
+    /// VMs' cgroups.
+    pub cgroups: usize,
+}
+
+impl fmt::Display for Counts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { processes, taps, cgroups } = self;
+        write!(f, "{processes} processes, {taps} taps, {cgroups} cgroups")
+    }
+}
+
+impl Counts {
+    /// Counts now. What cannot be read counts as none.
+    fn now(cgroups: &Path) -> Self {
+        let taps = names(Path::new("/sys/class/net")).into_iter().filter(|name| is_tap(name));
+        let is_group = |name: &String| cgroups.join(name).is_dir();
+        Self {
+            processes: family(std::process::id(), &processes()),
+            taps: taps.count(),
+            cgroups: names(cgroups).iter().filter(|name| is_group(name)).count(),
+        }
+    }
+}
+
+/// When to count, and what was found.
+pub struct Inventory {
+    cgroups: PathBuf,
+    /// What there was when the node was ready.
+    at_first: Option<Counts>,
+    printed: Option<Counts>,
+    looks_left: u32,
+}
+
+impl Inventory {
+    /// For a node whose VMs' cgroups are made in `cgroups`. The first look is due.
+    pub fn new(cgroups: &Path) -> Self {
+        Self { cgroups: cgroups.to_owned(), at_first: None, printed: None, looks_left: LOOKS }
+    }
+
+    /// Something ended: looks are due.
+    pub fn disturb(&mut self) {
+        self.printed = None;
+        self.looks_left = LOOKS;
+    }
+
+    /// Counts if that is due, and prints what is new, until all is as it was at first. No VM lives now.
+    pub fn look(&mut self) {
+        if self.looks_left == 0 {
+            return;
+        }
+        let counts = Counts::now(&self.cgroups);
+        let is_as_at_first = counts == *self.at_first.get_or_insert(counts);
+        self.looks_left = if is_as_at_first { 0 } else { self.looks_left - 1 };
+        if self.printed.replace(counts) != Some(counts) {
+            println!("onde: idle: {counts}, {} MiB free", available_mib());
+        }
+    }
+}
+
+fn names(folder: &Path) -> Vec<String> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect()
+}
+
+/// Whether an interface is a VM's (see [`crate::vm`]), and not the filter's own.
+fn is_tap(name: &str) -> bool {
+    let number = name.strip_prefix("onde-").unwrap_or_default();
+    !number.is_empty() && number.bytes().all(|byte| byte.is_ascii_digit())
+}
+
+/// All processes, each with its parent.
+fn processes() -> Vec<(u32, u32)> {
+    let parent = |pid: u32| {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+        parse_parent(&stat)
+    };
+    let pids = names(Path::new("/proc")).into_iter().filter_map(|name| name.parse().ok());
+    pids.filter_map(|pid| Some((pid, parent(pid)?))).collect()
+}
+
+/// Field 4 of proc_pid_stat(5). The name before it may hold spaces and parentheses.
+fn parse_parent(stat: &str) -> Option<u32> {
+    let (_, rest) = stat.rsplit_once(')')?;
+    rest.split_whitespace().nth(1)?.parse().ok()
+}
+
+/// Number of processes that descend from `root`, with itself.
+fn family(root: u32, processes: &[(u32, u32)]) -> usize {
+    let mut found = HashSet::from([root]);
+    // Ends: each turn but the last finds one more of a fixed number.
+    loop {
+        let count = found.len();
+        for (pid, parent) in processes {
+            if found.contains(parent) {
+                found.insert(*pid);
+            }
+        }
+        if found.len() == count {
+            return count;
+        }
+    }
+}
+
+/// Memory that programs could have now, MiB.
+fn available_mib() -> u64 {
+    let text = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let line = text.lines().find_map(|line| line.strip_prefix("MemAvailable:"));
+    let kib = line.and_then(|line| line.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+    kib.unwrap_or(0) / 1024
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn counts_children_of_children_and_nobody_else() {
+        let processes = [(1, 0), (2, 0), (7, 2), (30, 20), (20, 1), (10, 1)];
+        assert_eq!(family(1, &processes), 4);
+        assert_eq!(family(2, &processes), 2);
+        assert_eq!(family(7, &processes), 1);
+    }
+
+    #[test]
+    fn reads_parents_and_names() {
+        assert_eq!(parse_parent("12 (a) b) (c) S 7 12 12 0"), Some(7));
+        assert_eq!(parse_parent("12 (a"), None);
+        let taps = ["onde-1", "onde-42", "onde-", "onde-filter", "onde0", "eth0"].map(is_tap);
+        assert_eq!(taps, [true, true, false, false, false, false]);
+    }
+
+    #[test]
+    fn stops_looking_when_all_is_as_at_first() {
+        let folder = std::env::temp_dir().join(format!("onde-inventory-{}", std::process::id()));
+        fs::create_dir_all(&folder).unwrap();
+        let mut inventory = Inventory::new(&folder);
+        inventory.look();
+        assert_eq!((inventory.looks_left, inventory.at_first.unwrap().cgroups), (0, 0));
+        fs::create_dir(folder.join("vm-1")).unwrap();
+        inventory.disturb();
+        inventory.look();
+        assert_eq!((inventory.looks_left, inventory.printed.unwrap().cgroups), (LOOKS - 1, 1));
+        fs::remove_dir_all(&folder).unwrap();
+    }
+}
