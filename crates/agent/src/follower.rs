@@ -46,10 +46,15 @@ impl Followers {
         self.lose(connection, now);
     }
 
+    /// A client came: none is waited for that never did.
+    pub fn arrive(&mut self) {
+        self.list.retain(|follower| follower.client != EXPECTED);
+    }
+
     /// A connection of `client` that wants output from `from` on; returns the connection's number.
     pub fn join(&mut self, client: u64, from: u64) -> u64 {
         self.connections += 1;
-        self.list.retain(|follower| follower.client != EXPECTED);
+        self.arrive();
         let known = self.list.iter().position(|follower| follower.client == client);
         let index = known.unwrap_or_else(|| {
             let (received, accepted) = (0, 0);

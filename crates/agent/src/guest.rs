@@ -6,6 +6,7 @@ use onde_wire::machine::{INFO_SIZE, INFO_START, Identity};
 use onde_wire::session::MODULES_PATH;
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
+use rustix::process::{Resource, Rlimit};
 use rustix::system::RebootCommand;
 use std::collections::VecDeque;
 use std::fs::File;
@@ -46,6 +47,14 @@ pub fn mount_all() -> Result<()> {
         std::os::unix::fs::symlink(target, link).with_context(|| format!("cannot make {link}"))?;
     }
     Ok(())
+}
+
+/// Lets programs have as many open files as they ask for; what they have without asking stays small, since
+/// select(2) takes no more.
+pub fn set_limits() -> Result<()> {
+    const FILES_MAX: u64 = 512 << 10;
+    let limit = Rlimit { current: Some(1024), maximum: Some(FILES_MAX) };
+    rustix::process::setrlimit(Resource::Nofile, limit).context("cannot set limits")
 }
 
 /// The kernel modules that were packed and are not loaded yet, in the order of their list.

@@ -45,6 +45,7 @@ fn main() -> ExitCode {
 /// Does not return while the guest lives.
 fn run() -> Result<()> {
     guest::mount_all()?;
+    guest::set_limits()?;
     let mut modules = guest::Modules::read()?;
     modules.load_until(network::has_device)?;
     let identity = guest::identity()?;

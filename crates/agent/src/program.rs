@@ -152,6 +152,7 @@ impl Program {
         self.change(|state| {
             let end = state.tail.end();
             let from = from.clamp(state.tail.start(), end);
+            state.followers.arrive();
             let connection = hold.then(|| state.followers.join(client, from));
             let follower = connection.and_then(|number| state.followers.of(number));
             let received = follower.map_or(0, |follower| follower.received);

@@ -1,5 +1,5 @@
-//! Accepts connections and gives each a thread. Bounded: strangers can open connections, and hold
-//! them for as long as the hellos may take, but only who knows the job key gets a session.
+//! Accepts connections and gives each a thread. Only who knows the job key gets a session; strangers can open
+//! connections, and dawdle, but among too many of those the oldest goes, so they keep no customer out.
 
 use anyhow::{Context, Result};
 use onde_client::channel::Channel;
@@ -7,9 +7,11 @@ use onde_wire::channel::PORT;
 use onde_wire::key::Key;
 use onde_wire::machine::Identity;
 use onde_wire::token::JobId;
-use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::sync::Arc;
+use std::collections::VecDeque;
+use std::io::{self, ErrorKind};
+use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::children::{Children, spawn_thread};
 use crate::program::Program;
@@ -18,8 +20,8 @@ use crate::start::NotStarted;
 
 /// Most sessions at once: each costs four threads and 400 KiB with the command it may run.
 const SESSIONS_MAX: usize = 32;
-/// Most connections at once, those in their hellos included.
-const CONNECTIONS_MAX: usize = 2 * SESSIONS_MAX;
+/// Most connections at once that have yet to show that they know the job key: a customer's needs some milliseconds.
+const PENDING_MAX: usize = 32;
 
 /// See the module.
 pub struct Server {
@@ -46,6 +48,42 @@ impl Drop for Count {
     }
 }
 
+/// Connections that have yet to show that they know the job key, the oldest first.
+#[derive(Clone, Default)]
+struct Pending(Arc<Mutex<VecDeque<(u64, TcpStream)>>>);
+
+/// One of them, until it is dropped.
+struct Stranger {
+    pending: Pending,
+    number: u64,
+}
+
+impl Pending {
+    fn lock(&self) -> MutexGuard<'_, VecDeque<(u64, TcpStream)>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds a connection, in place of the oldest if there are too many.
+    fn add(&self, number: u64, stream: &TcpStream) -> io::Result<Stranger> {
+        let stream = stream.try_clone()?;
+        let mut list = self.lock();
+        list.push_back((number, stream));
+        if list.len() > PENDING_MAX
+            && let Some((_, oldest)) = list.pop_front()
+        {
+            // Its thread finds out; an error means that it has.
+            let _ = oldest.shutdown(Shutdown::Both);
+        }
+        Ok(Stranger { pending: self.clone(), number })
+    }
+}
+
+impl Drop for Stranger {
+    fn drop(&mut self) {
+        self.pending.lock().retain(|(number, _)| *number != self.number);
+    }
+}
+
 impl Server {
     /// Listens on the port of agents, on every address.
     pub fn listen(identity: &Identity) -> Result<Self> {
@@ -66,38 +104,28 @@ impl Server {
         program: Result<Arc<Program>, NotStarted>,
     ) -> Result<()> {
         let guest = Arc::new(Guest { children, program });
-        let (connections, sessions) = (Arc::default(), Arc::default());
-        loop {
+        let sessions: Arc<AtomicUsize> = Arc::default();
+        let pending = Pending::default();
+        for number in 0.. {
             let (stream, _) = match self.listener.accept() {
                 Ok(accepted) => accepted,
                 // A client that gave up before it was accepted harms nobody else.
-                Err(error) if error.kind() == std::io::ErrorKind::ConnectionAborted => continue,
+                Err(error) if error.kind() == ErrorKind::ConnectionAborted => continue,
                 Err(error) => return Err(error).context("cannot accept connections"),
             };
-            // Too many: closing is all the answer a stranger gets.
-            let Some(count) = Count::take(&connections, CONNECTIONS_MAX) else { continue };
-            let (guest, sessions): (_, Arc<AtomicUsize>) = (guest.clone(), Arc::clone(&sessions));
+            let Ok(stranger) = pending.add(number, &stream) else { continue };
+            let (guest, sessions) = (guest.clone(), sessions.clone());
             let (job, job_key) = (self.job, self.job_key.clone());
             // Without memory for a thread this connection is closed, and the next may find some.
             let _ = spawn_thread("session", move || {
-                let _count = count;
-                converse(&guest, stream, &job, &job_key, &sessions);
+                let Ok(channel) = Channel::accept(stream, &job, &job_key) else { return };
+                // Errors concern nobody but the client at the other end.
+                let _ = match Count::take(&sessions, SESSIONS_MAX) {
+                    Some(_count) => serve(&guest, channel, stranger),
+                    None => refuse_busy(channel, stranger),
+                };
             });
         }
+        Ok(())
     }
-}
-
-/// One connection, whose errors concern nobody but the client at its other end.
-fn converse(
-    guest: &Guest,
-    stream: TcpStream,
-    job: &JobId,
-    job_key: &Key,
-    sessions: &Arc<AtomicUsize>,
-) {
-    let Ok(channel) = Channel::accept(stream, job, job_key) else { return };
-    let _ = match Count::take(sessions, SESSIONS_MAX) {
-        Some(_count) => serve(guest, channel),
-        None => refuse_busy(channel),
-    };
 }

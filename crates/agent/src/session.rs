@@ -40,12 +40,15 @@ fn protocol(text: &str) -> End {
     End(Refusal::Protocol, text.to_owned())
 }
 
-/// Serves a client until it is gone or its program has ended.
-pub fn serve(guest: &Guest, channel: Channel) -> io::Result<()> {
+/// Serves a client until it is gone or its program has ended. `stranger` is dropped once the client has shown that it
+/// knows the job key.
+pub fn serve<T>(guest: &Guest, channel: Channel, stranger: T) -> io::Result<()> {
     let mut reader = FrameReader::new(channel.reader);
     let mut writer = FrameWriter::new(channel.writer);
     reader.stream().set_timeout(Some(FIRST_FRAME_TIMEOUT))?;
-    let opened = open(guest, reader.client()?);
+    let frame = reader.client()?;
+    drop(stranger);
+    let opened = open(guest, frame);
     let session = match opened {
         Ok(session) => session,
         Err(end) => return refuse(&mut writer, &end),
@@ -54,15 +57,17 @@ pub fn serve(guest: &Guest, channel: Channel) -> io::Result<()> {
     session.run(guest, reader, writer)
 }
 
-/// Says why the session is over.
-pub fn refuse_busy(channel: Channel) -> io::Result<()> {
+/// Tells a client that there are too many sessions, and a stranger nothing.
+pub fn refuse_busy<T>(channel: Channel, stranger: T) -> io::Result<()> {
     let mut reader = FrameReader::new(channel.reader);
     reader.stream().set_timeout(Some(FIRST_FRAME_TIMEOUT))?;
     reader.client()?;
+    drop(stranger);
     let end = End(Refusal::Busy, "the guest has too many sessions".to_owned());
     refuse(&mut FrameWriter::new(channel.writer), &end)
 }
 
+/// Says why the session is over.
 fn refuse(writer: &mut FrameWriter<Writer>, End(refusal, text): &End) -> io::Result<()> {
     writer.agent(&AgentFrame::Error { refusal: *refusal, text })?;
     writer.flush()?;

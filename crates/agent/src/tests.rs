@@ -287,3 +287,52 @@ fn strangers_get_no_session() {
         SessionError::Unreachable(ChannelError::Connection { .. } | ChannelError::Foreign { .. })
     ));
 }
+
+#[test]
+fn strangers_who_dawdle_keep_no_customer_out() {
+    let address = guest("echo served");
+    let dawdlers: Vec<_> = (0..200).map(|_| TcpStream::connect(address).unwrap()).collect();
+    let (streams, out, _) = streams(None);
+    session(address).attach(0, true, streams).unwrap();
+    assert_eq!(out.take(), b"served\n");
+    drop(dawdlers);
+}
+
+#[test]
+fn sessions_beyond_the_limit_are_refused_in_words() {
+    let address = guest("cat");
+    let (told, hear) = std::sync::mpsc::channel();
+    let followers: Vec<_> = (0..32)
+        .map(|_| {
+            let (session, told) = (session(address), told.clone());
+            let remote = session.remote();
+            let argv = list(&["/bin/sh", "-c", "echo ready; cat"]);
+            std::thread::spawn(move || {
+                let streams = Streams {
+                    input: Some(Box::new(Blocked)),
+                    output: Box::new(Told(told)),
+                    errors: Box::new(io::sink()),
+                };
+                session.exec(&launch(&argv, b"PATH=/bin:/usr/bin\0"), streams)
+            });
+            remote
+        })
+        .collect();
+    for _ in &followers {
+        hear.recv().unwrap();
+    }
+    let refused = session(address).attach(0, true, streams(None).0).unwrap_err();
+    assert!(matches!(refused, SessionError::Refused { refusal: Refusal::Busy, .. }), "{refused}");
+    followers.iter().for_each(|remote| remote.detach());
+}
+
+/// Input that neither comes nor ends.
+struct Blocked;
+
+impl Read for Blocked {
+    fn read(&mut self, _: &mut [u8]) -> io::Result<usize> {
+        loop {
+            std::thread::park();
+        }
+    }
+}
