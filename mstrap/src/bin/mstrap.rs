@@ -9,9 +9,9 @@ use core::sync::atomic::{AtomicPtr, Ordering};
 use onde_mstrap::log;
 use onde_mstrap::metal::clock::Clock;
 use onde_mstrap::metal::net::Net;
-use onde_mstrap::metal::tcp::{Limits, Server};
 use onde_mstrap::metal::{Lent, console, control, cpu, info_page};
 use onde_mstrap::server::{Channel, Nonces, Refused, SEND_MAX};
+use onde_mstrap::tcp::{Limits, Room, STORAGE, Server, Storage};
 use onde_mstrap::upload::{self, UploadError};
 use onde_wire::bootstrap::{Report, SERVICES_VERSION, Services};
 use onde_wire::channel::{PORT, RECORD_WIRE_MAX};
@@ -30,10 +30,12 @@ const LOADER_STALL: Duration = Duration::from_secs(30);
 /// Lines about clients that were turned away: strangers must not keep the console busy.
 const LINES_MAX: u32 = 16;
 
+static SOCKETS: Lent<Storage> = Lent::new(STORAGE);
+static ROOM: Lent<Room> = Lent::new(Room::new());
 static RECORD: Lent<[u8; RECORD_WIRE_MAX]> = Lent::new([0; RECORD_WIRE_MAX]);
 
 /// The channel of the loader that runs; the services come without a context of their own.
-static CHANNEL: AtomicPtr<Channel<'static, Server>> = AtomicPtr::new(core::ptr::null_mut());
+static CHANNEL: AtomicPtr<Channel<'static, Server<Net>>> = AtomicPtr::new(core::ptr::null_mut());
 
 core::arch::global_asm!(
     ".section .text.start, \"ax\"",
@@ -60,11 +62,12 @@ extern "C" fn main() -> ! {
 fn boot() -> Result<i32, &'static str> {
     let identity = Identity::parse(info_page()).ok_or("no info page")?;
     let clock = Clock::start(identity.tsc_khz).ok_or("no clock")?;
-    let net = Net::start().map_err(|_| "no network device")?;
+    let net = Net::start(clock).map_err(|_| "no network device")?;
     let mut nonces = Nonces::new(&identity.seed);
     let deadline = Instant::ZERO + DEADLINE;
     let limits = Limits { deadline, stall: UPLOAD_STALL };
-    let mut server = Server::new(net, clock, &identity, nonces.tcp_seed(), limits);
+    let tcp_seed = nonces.tcp_seed();
+    let mut server = Server::new(net, &identity, tcp_seed, SOCKETS.take(), ROOM.take());
     let [a, b, c, d] = identity.boot_ipv4;
     log!("mstrap: listening on {a}.{b}.{c}.{d}:{PORT}");
 
@@ -96,7 +99,7 @@ fn boot() -> Result<i32, &'static str> {
 
 /// Serves one client to the end. `Ok` is the status of its loader.
 fn serve(
-    server: &mut Server,
+    server: &mut Server<Net>,
     identity: &Identity,
     nonce: &[u8; 32],
     record: &mut [u8; RECORD_WIRE_MAX],
@@ -155,7 +158,7 @@ impl Area {
 }
 
 /// Calls the loader of `size` bytes that lies in `area`.
-fn run(channel: &mut Channel<'_, Server>, area: &mut Area, size: usize) -> i32 {
+fn run(channel: &mut Channel<'_, Server<Net>>, area: &mut Area, size: usize) -> i32 {
     area.clear_behind(size);
     let forever = Instant::from_secs(i64::from(u32::MAX));
     channel.link().set_limits(Limits { deadline: forever, stall: LOADER_STALL });
@@ -181,7 +184,7 @@ fn run(channel: &mut Channel<'_, Server>, area: &mut Area, size: usize) -> i32 {
 }
 
 /// The running loader's channel.
-fn channel() -> &'static mut Channel<'static, Server> {
+fn channel() -> &'static mut Channel<'static, Server<Net>> {
     let channel = CHANNEL.load(Ordering::Relaxed);
     assert!(!channel.is_null(), "a service was called without a loader");
     // SAFETY: `run` set it to a channel that lives until the loader returns, and uses it only through here.

@@ -1,7 +1,7 @@
 //! Time since the program started, from the time stamp counter at the frequency that the VMM states.
 
 use super::cpu;
-use smoltcp::time::{Duration, Instant};
+use smoltcp::time::Instant;
 
 /// A clock that started at zero when it was made.
 #[derive(Clone, Copy)]
@@ -23,10 +23,5 @@ impl Clock {
         let per_s = self.khz * 1000;
         let micros = ticks / per_s * 1_000_000 + ticks % per_s * 1000 / self.khz;
         Instant::from_micros(micros as i64)
-    }
-
-    /// Time since `earlier`.
-    pub fn since(&self, earlier: Instant) -> Duration {
-        self.now() - earlier
     }
 }

@@ -8,7 +8,6 @@ pub mod cpu;
 pub mod net;
 pub mod queue;
 pub mod ram;
-pub mod tcp;
 
 core::arch::global_asm!(include_str!("memory.s"));
 

@@ -3,10 +3,13 @@
 //! is what the device is told.
 
 use super::Lent;
+use super::clock::Clock;
+use super::control::{self, IDLE_MS_MAX};
 use super::queue::{DEVICE_WRITES, Memory, Queue};
+use crate::tcp::Wire;
 use onde_wire::machine::{VIRTIO_NET, VIRTIO_START, VIRTIO_STRIDE};
 use smoltcp::phy::{self, Checksum, DeviceCapabilities, Medium};
-use smoltcp::time::Instant;
+use smoltcp::time::{Duration, Instant};
 
 /// Largest frame without segmentation offload: Ethernet's header and 1500 bytes.
 const FRAME_MAX: usize = 1514;
@@ -75,6 +78,7 @@ pub struct NoDevice;
 
 /// Network device.
 pub struct Net {
+    clock: Clock,
     rx: Rx,
     tx: Tx,
     /// The device checks or leaves out TCP checksums of what it hands over.
@@ -145,7 +149,7 @@ fn attach<const N: usize>(index: u32, queue: &Queue<N>) -> Result<(), NoDevice> 
 
 impl Net {
     /// Brings the device up. May be called once.
-    pub fn start() -> Result<Self, NoDevice> {
+    pub fn start(clock: Clock) -> Result<Self, NoDevice> {
         let features = negotiate()?;
         let event_index = features & EVENT_INDEX != 0;
         let (count, buffer_size) = match features & GUEST_TSO4 {
@@ -168,13 +172,19 @@ impl Net {
         write(reg::STATUS, STATUS_RUNNING);
         rx.fill(count);
         tx.describe();
-        let mut net = Self { rx, tx, checked: features & GUEST_CSUM != 0 };
+        let mut net = Self { clock, rx, tx, checked: features & GUEST_CSUM != 0 };
         net.flush();
         Ok(net)
     }
+}
+
+impl Wire for Net {
+    fn now(&self) -> Instant {
+        self.clock.now()
+    }
 
     /// Shows the device all that was given to it since the last time; one exit at most for each direction.
-    pub fn flush(&mut self) {
+    fn flush(&mut self) {
         if self.tx.queue.publish() {
             write(reg::NOTIFY, TX);
         }
@@ -183,16 +193,15 @@ impl Net {
         }
     }
 
-    /// Whether the device has sent all that it was given.
-    pub fn is_all_sent(&mut self) -> bool {
+    fn is_all_sent(&mut self) -> bool {
         self.tx.reclaim();
         self.tx.free_count == TX_COUNT
     }
 
-    /// Runs `wait` if nothing has come in, such that what comes in meanwhile ends it.
-    pub fn wait(&mut self, wait: impl FnOnce()) {
+    fn wait(&mut self, limit: Duration) {
         if !self.rx.queue.arm() {
-            wait();
+            let ms = limit.total_micros().div_ceil(1000).min(IDLE_MS_MAX.into());
+            control::idle(ms as u32);
         }
         self.rx.queue.disarm();
     }

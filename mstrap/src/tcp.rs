@@ -1,22 +1,19 @@
-//! The TCP server of mstrap: smoltcp over the network device, one client served at a time. A few more may
+//! The TCP server of mstrap: smoltcp over a network device, one client served at a time. A few more may
 //! wait in line, so that a stranger who connects and says nothing keeps nobody out; who is silent for
 //! [`HANDSHAKE`] is cut off.
 //!
 //! Every wait has an end: the [`Limits`] that the caller set.
 
-use super::Lent;
-use super::clock::Clock;
-use super::control::{self, IDLE_MS_MAX};
-use super::net::Net;
 use crate::server::{Link, Refused};
 use onde_wire::channel::{CLIENT_HELLO_SIZE, PORT};
 use onde_wire::machine::Identity;
 use smoltcp::iface::{
-    Config, Interface, PollIngressSingleResult, SocketHandle, SocketSet, SocketStorage,
+    Config, Interface, PollIngressSingleResult, PollResult, SocketHandle, SocketSet, SocketStorage,
 };
+use smoltcp::phy::Device;
 use smoltcp::socket::tcp::{Socket, SocketBuffer, State};
 use smoltcp::time::{Duration, Instant};
-use smoltcp::wire::{EthernetAddress, IpCidr, Ipv4Address, Ipv4Cidr};
+use smoltcp::wire::{EthernetAddress, Ipv4Address, Ipv4Cidr};
 
 /// Time from a client's first packet until it has proven that it knows the job key: three round trips, and
 /// an emulated node that is busy takes seconds for them.
@@ -38,10 +35,42 @@ const CLOSE_TURNS: u32 = 100;
 /// Longest wait while clients are in line, so that their time is kept.
 const ACCEPT_WAIT: Duration = Duration::from_millis(500);
 
-static STORAGE: Lent<[SocketStorage<'static>; LINE]> =
-    Lent::new([const { SocketStorage::EMPTY }; LINE]);
-static RX: Lent<[[u8; RX_SIZE]; LINE]> = Lent::new([[0; RX_SIZE]; LINE]);
-static TX: Lent<[[u8; TX_SIZE]; LINE]> = Lent::new([[0; TX_SIZE]; LINE]);
+/// The network device with what belongs to it: the time, and waiting for a frame.
+pub trait Wire: Device {
+    /// Time since some fixed moment.
+    fn now(&self) -> Instant;
+    /// Lets out what was sent.
+    fn flush(&mut self);
+    /// Whether all that was sent is out.
+    fn is_all_sent(&mut self) -> bool;
+    /// Waits for a frame, at most this long.
+    fn wait(&mut self, limit: Duration);
+}
+
+/// The stack's list of connections.
+pub type Storage = [SocketStorage<'static>; LINE];
+
+/// An empty list.
+pub const STORAGE: Storage = [const { SocketStorage::EMPTY }; LINE];
+
+/// Bytes of the connections on their way.
+pub struct Room {
+    rx: [[u8; RX_SIZE]; LINE],
+    tx: [[u8; TX_SIZE]; LINE],
+}
+
+impl Room {
+    /// All zero.
+    pub const fn new() -> Self {
+        Self { rx: [[0; RX_SIZE]; LINE], tx: [[0; TX_SIZE]; LINE] }
+    }
+}
+
+impl Default for Room {
+    fn default() -> Self {
+        Self::new()
+    }
+}
 
 /// How long a client may take.
 #[derive(Clone, Copy)]
@@ -53,9 +82,8 @@ pub struct Limits {
 }
 
 /// TCP server.
-pub struct Server {
-    clock: Clock,
-    net: Net,
+pub struct Server<W> {
+    wire: W,
     iface: Interface,
     sockets: SocketSet<'static>,
     line: [Client; LINE],
@@ -71,45 +99,36 @@ struct Client {
     since: Option<Instant>,
 }
 
-impl Server {
+impl<W: Wire> Server<W> {
     /// Configures the stack for this VM; nothing is sent before [`Self::accept`].
     pub fn new(
-        mut net: Net,
-        clock: Clock,
+        mut wire: W,
         identity: &Identity,
         tcp_seed: u64,
-        limits: Limits,
+        storage: &'static mut Storage,
+        room: &'static mut Room,
     ) -> Self {
         let mut config = Config::new(EthernetAddress(identity.boot_mac).into());
         config.random_seed = tcp_seed;
-        let mut iface = Interface::new(config, &mut net, clock.now());
+        let now = wire.now();
+        let mut iface = Interface::new(config, &mut wire, now);
         let address = Ipv4Address::from(identity.boot_ipv4);
         let prefix_len = identity.prefix_len.min(32);
         iface.update_ip_addrs(|all| {
-            all.push(IpCidr::Ipv4(Ipv4Cidr::new(address, prefix_len)))
-                .expect("room for one address");
+            all.push(Ipv4Cidr::new(address, prefix_len).into()).expect("room for one address");
         });
         if identity.gateway != [0; 4] {
             let gateway = Ipv4Address::from(identity.gateway);
             iface.routes_mut().add_default_ipv4_route(gateway).expect("room for one route");
         }
-        let mut sockets = SocketSet::new(&mut STORAGE.take()[..]);
-        let (mut rx, mut tx) = (RX.take().iter_mut(), TX.take().iter_mut());
+        let mut sockets = SocketSet::new(&mut storage[..]);
+        let mut buffers = room.rx.iter_mut().zip(room.tx.iter_mut());
         let line = core::array::from_fn(|_| {
-            let (rx, tx) = (rx.next().expect("one each"), tx.next().expect("one each"));
-            let mut socket =
-                Socket::new(SocketBuffer::new(&mut rx[..]), SocketBuffer::new(&mut tx[..]));
-            // What came in together is acknowledged together, so a delay would only hold up the sender.
-            socket.set_ack_delay(None);
-            socket.set_nagle_enabled(false);
-            Client { handle: sockets.add(socket), since: None }
+            let (rx, tx) = buffers.next().expect("room for each");
+            Client { handle: sockets.add(socket(rx, tx)), since: None }
         });
-        Self { clock, net, iface, sockets, line, current: 0, limits }
-    }
-
-    /// Time since the start.
-    pub fn now(&self) -> Instant {
-        self.clock.now()
+        let limits = Limits { deadline: now, stall: Duration::ZERO };
+        Self { wire, iface, sockets, line, current: 0, limits }
     }
 
     /// Sets the limits from now on.
@@ -131,14 +150,14 @@ impl Server {
                     return Ok(since + HANDSHAKE);
                 }
             }
-            self.wait(self.now() + ACCEPT_WAIT);
+            self.wait(self.wire.now() + ACCEPT_WAIT);
         }
     }
 
     /// Keeps one place of the line: frees it from who is silent or gone, and says since when a
     /// client is there who has said hello.
     fn look(&mut self, index: usize) -> Option<Instant> {
-        let now = self.clock.now();
+        let now = self.wire.now();
         let client = &mut self.line[index];
         let socket = self.sockets.get_mut::<Socket>(client.handle);
         match socket.state() {
@@ -153,7 +172,7 @@ impl Server {
                     return Some(since);
                 }
                 let gone = !socket.may_recv() && socket.state() != State::SynReceived;
-                if gone || now - since > HANDSHAKE {
+                if gone || now - since >= HANDSHAKE {
                     socket.abort();
                 }
             }
@@ -181,41 +200,45 @@ impl Server {
             self.sockets.get_mut::<Socket>(client.handle).abort();
         }
         self.turn();
-        (0..CLOSE_TURNS).take_while(|_| !self.net.is_all_sent()).for_each(|_| control::idle(1));
+        for _ in 0..CLOSE_TURNS {
+            if self.wire.is_all_sent() {
+                break;
+            }
+            self.wire.wait(Duration::from_millis(1));
+        }
     }
 
     /// A turn of the stack, if there is time left.
     fn pump(&mut self) -> Result<(), Refused> {
         self.turn();
-        if self.clock.now() >= self.limits.deadline { Err(Refused::TooLate) } else { Ok(()) }
+        if self.wire.now() >= self.limits.deadline { Err(Refused::TooLate) } else { Ok(()) }
     }
 
     /// One turn: takes in what has come, sends what is due.
     fn turn(&mut self) {
-        let now = self.clock.now();
+        let now = self.wire.now();
         for _ in 0..INGRESS_MAX {
-            let result = self.iface.poll_ingress_single(now, &mut self.net, &mut self.sockets);
+            let result = self.iface.poll_ingress_single(now, &mut self.wire, &mut self.sockets);
             if matches!(result, PollIngressSingleResult::None) {
                 break;
             }
         }
         for _ in 0..EGRESS_MAX {
-            let result = self.iface.poll_egress(now, &mut self.net, &mut self.sockets);
-            if matches!(result, smoltcp::iface::PollResult::None) {
+            let result = self.iface.poll_egress(now, &mut self.wire, &mut self.sockets);
+            if matches!(result, PollResult::None) {
                 break;
             }
         }
-        self.net.flush();
+        self.wire.flush();
     }
 
     /// Waits until something comes in, the stack has something to do, or `limit`.
     fn wait(&mut self, limit: Instant) {
-        let now = self.clock.now();
+        let now = self.wire.now();
         let due = self.iface.poll_at(now, &self.sockets).unwrap_or(limit);
         let until = due.min(limit).min(self.limits.deadline);
         if until > now {
-            let ms = (until - now).total_micros().div_ceil(1000).min(IDLE_MS_MAX.into());
-            self.net.wait(|| control::idle(ms as u32));
+            self.wire.wait(until - now);
         }
     }
 
@@ -225,7 +248,7 @@ impl Server {
 
     /// After a turn that moved nothing: waits for more, but not beyond silence since `progress`.
     fn wait_since(&mut self, progress: Instant) -> Result<(), Refused> {
-        if self.clock.since(progress) > self.limits.stall {
+        if self.wire.now() - progress >= self.limits.stall {
             return Err(Refused::Stalled);
         }
         self.wait(progress + self.limits.stall);
@@ -233,10 +256,18 @@ impl Server {
     }
 }
 
-impl Link for Server {
+fn socket(rx: &'static mut [u8], tx: &'static mut [u8]) -> Socket<'static> {
+    let mut socket = Socket::new(SocketBuffer::new(rx), SocketBuffer::new(tx));
+    // What came in together is acknowledged together, so a delay would only hold up the sender.
+    socket.set_ack_delay(None);
+    socket.set_nagle_enabled(false);
+    socket
+}
+
+impl<W: Wire> Link for Server<W> {
     fn recv(&mut self, buffer: &mut [u8]) -> Result<(), Refused> {
         let mut filled = 0;
-        let mut progress = self.clock.now();
+        let mut progress = self.wire.now();
         loop {
             let count =
                 self.socket().recv_slice(&mut buffer[filled..]).map_err(|_| Refused::Closed)?;
@@ -251,7 +282,7 @@ impl Link for Server {
                 return Ok(());
             }
             if count > 0 {
-                progress = self.clock.now();
+                progress = self.wire.now();
             } else if self.socket().recv_queue() == 0 {
                 self.wait_since(progress)?;
             }
@@ -259,7 +290,7 @@ impl Link for Server {
     }
 
     fn send(&mut self, mut bytes: &[u8]) -> Result<(), Refused> {
-        let mut progress = self.clock.now();
+        let mut progress = self.wire.now();
         loop {
             let count = self.socket().send_slice(bytes).map_err(|_| Refused::Closed)?;
             self.pump()?;
@@ -268,7 +299,7 @@ impl Link for Server {
                 return Ok(());
             }
             if count > 0 {
-                progress = self.clock.now();
+                progress = self.wire.now();
             } else {
                 self.wait_since(progress)?;
             }
@@ -276,7 +307,7 @@ impl Link for Server {
     }
 
     fn flush(&mut self) -> Result<(), Refused> {
-        let progress = self.clock.now();
+        let progress = self.wire.now();
         while self.socket().send_queue() > 0 {
             if !self.socket().is_active() {
                 return Err(Refused::Closed);
@@ -287,3 +318,6 @@ impl Link for Server {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests;
