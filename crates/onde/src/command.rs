@@ -42,7 +42,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Attach { job } => session::attach(&job.job, &report),
         Command::Logs { job, follow } => done(session::logs(&job.job, follow, &report)),
         Command::Pay { job, tokens } => done(job::pay(&job.job, tokens, &report)),
-        Command::Stop { job } => done(job::stop(&job.job)),
+        Command::Stop { job } => done(job::stop(&job.job, &report)),
         Command::Node(Node::Ls { json }) => done(node::list(context, json)),
         Command::Node(Node::Run { interface, cluster, node }) => {
             node::run(&interface, &cluster, node)

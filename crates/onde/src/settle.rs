@@ -7,6 +7,7 @@ use onde_client::echo::Echo;
 use onde_client::job::{Job, Settled};
 use onde_client::node::NodeError;
 use onde_wire::packet::Status;
+use onde_wire::token::Certificate;
 use std::time::{Duration, Instant};
 
 use crate::cluster::Cluster;
@@ -19,11 +20,19 @@ use crate::table::{cost, tokens};
 const BROKER_PATIENCE: Duration = Duration::from_secs(8);
 const BROKER_PERIOD: Duration = Duration::from_millis(500);
 
-/// Ends the VM and collects the change. `None`: the broker has not settled the job yet, and will.
-pub fn settle(cluster: &Cluster, job: &Job) -> Result<Option<Settled>> {
+/// Ends the VM and collects the change; `show` sees the node's certificate. `None`: the broker has not settled
+/// the job yet, and will.
+pub fn settle(
+    cluster: &Cluster,
+    job: &Job,
+    show: impl FnOnce(&Certificate),
+) -> Result<Option<Settled>> {
     let mut echo = Echo::open()?;
     let told = match job.handle().stop(&mut echo) {
-        Ok(certificate) => cluster.broker.redeem(&job.id.0, &certificate)?,
+        Ok(certificate) => {
+            Certificate::claim(&certificate).as_ref().map(show);
+            cluster.broker.redeem(&job.id.0, &certificate)?
+        }
         Err(error) if is_gone(&error) => ask_broker(cluster, job)?,
         Err(error) => return Err(error.into()),
     };
@@ -49,7 +58,7 @@ fn ask_broker(cluster: &Cluster, job: &Job) -> Result<api::Job> {
 
 /// Settles, and says how it went. A failure is told, not returned: whoever calls this ends something else.
 pub fn tell(cluster: &Cluster, job: &Job, report: &Report) {
-    match settle(cluster, job) {
+    match settle(cluster, job, |_| {}) {
         Ok(Some(settled)) => report.line(&words(job, &settled)),
         Ok(None) => report.warn(&format!(
             "job {} is not settled yet: its node gives no certificate, so the broker will credit what was \

@@ -58,7 +58,10 @@ fn take(name: &str, key: String, broker: String, report: &Report) -> Result<()> 
         return Err(hinted(format!("`{broker}` is no broker's address"), "http://HOST:PORT"));
     }
     let mut config = Config::load()?;
-    config.contexts.insert(name.to_owned(), Context { broker, key, lab: None });
+    // The current cluster's broker under another key: a lab stays a lab.
+    let current = config.choose(None).ok().filter(|(_, current)| current.broker == broker);
+    let lab = current.and_then(|(_, current)| current.lab.clone());
+    config.contexts.insert(name.to_owned(), Context { broker, key, lab });
     config.current = Some(name.to_owned());
     config.save()?;
     report.line(&format!("context {name} is the current one"));

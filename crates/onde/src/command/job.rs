@@ -5,6 +5,7 @@ use onde_client::echo::{Echo, Policy};
 use onde_client::home::Home;
 use onde_client::job::Job;
 use onde_wire::packet::{EndReason, JobStatus};
+use onde_wire::token::Certificate;
 use serde::Serialize;
 
 use super::{print, print_json};
@@ -125,11 +126,19 @@ pub fn pay(name: &str, count: u32, report: &Report) -> Result<()> {
     Ok(())
 }
 
-pub fn stop(name: &str) -> Result<()> {
+fn certified(certificate: &Certificate) -> String {
+    let Certificate { last_index, spent_micro, unused_micro, .. } = *certificate;
+    let (spent, unused) = (cost(spent_micro), tokens(unused_micro));
+    format!("{last_index} tokens taken, {spent} spent, {unused} unused")
+}
+
+pub fn stop(name: &str, report: &Report) -> Result<()> {
     let (cluster, job) = Cluster::open_for(name)?;
     let settled = match job.settled {
         Some(settled) => Some(settled),
-        None => settle::settle(&cluster, &job)?,
+        None => settle::settle(&cluster, &job, |certificate| {
+            report.line(&format!("node {} certifies: {}", job.node, certified(certificate)));
+        })?,
     };
     match settled {
         Some(settled) => print(&(settle::words(&job, &settled) + "\n")),
