@@ -27,6 +27,8 @@ const START_TIMEOUT: Duration = Duration::from_secs(20);
 /// Pauses between attempts to connect grow from the first to the second.
 const PAUSE_MIN: Duration = Duration::from_millis(20);
 const PAUSE_MAX: Duration = Duration::from_millis(500);
+/// How long the agent may take to end a session that the user leaves.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// Bytes read from the input at once.
 const INPUT_CHUNK: usize = 16 << 10;
 
@@ -284,6 +286,14 @@ fn send(outbox: &Outbox, mut writer: FrameWriter<Writer>) {
                 writer.flush()
             }
             Some(Errand::Close) => break,
+            Some(Errand::Detach) => {
+                // The agent closes; a guest that is gone never does.
+                let told = say(&mut writer, Errand::Detach).and_then(|()| writer.flush());
+                if told.is_ok() {
+                    outbox.wait_closed(FAREWELL);
+                }
+                break;
+            }
             Some(errand) => {
                 is_flushed = false;
                 say(&mut writer, errand)

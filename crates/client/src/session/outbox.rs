@@ -132,6 +132,12 @@ impl Outbox {
         self.change(|state| state.closed = true);
     }
 
+    /// Waits until the connection is over, or for so long.
+    pub fn wait_closed(&self, time: Duration) {
+        let state = self.lock();
+        drop(self.changed.wait_timeout_while(state, time, |state| !state.closed));
+    }
+
     /// The session is over: whoever has input for it ends.
     pub fn finish(&self) {
         self.change(|state| state.done = true);
