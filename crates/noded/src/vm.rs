@@ -15,7 +15,7 @@ use onde_wire::machine::{
     CONSOLE_RING_SIZE, INFO_METER, MESSAGE_SIZE, Meter, PAGE_SIZE, VmmCommand, VmmEvent, fds,
 };
 use onde_wire::packet::{CONSOLE_SLICE_MAX, ConsoleSlice};
-use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::fs::{MemfdFlags, OFlags, SealFlags};
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal};
@@ -29,7 +29,8 @@ use crate::node::Spec;
 const FIRST_USER: u32 = 100_000;
 /// Most descriptors of a VMM: a vCPU has one and there can be 64, a device has a few.
 const FILES_MAX: u64 = 256;
-/// Most bytes that a VMM can say in the log: it says little, and one that was taken over must not fill it.
+/// Most bytes that a VMM can say in the log: it says little, and one that was taken over must not fill it. Then nobody
+/// reads its pipe any more, and it waits for ever when that is full.
 const LOG_MAX: usize = 16 << 10;
 
 /// Where VMs are made: the same for all of a node.
@@ -171,16 +172,16 @@ impl Vm {
         let _ = rustix::net::send(&self.control, &command.emit(), SendFlags::DONTWAIT);
     }
 
-    /// What it wrote to its log since the last time, printable; `None` at the log's end. Call it only
-    /// when there is something to read.
-    pub fn log_text(&mut self) -> Option<String> {
+    /// What it wrote to its log since the last time, printable; `Ok(None)` at the log's end, or when it has said all
+    /// that it may. Errors: `WouldBlock` where there is nothing to read.
+    pub fn log_text(&mut self) -> io::Result<Option<String>> {
         let mut bytes = [0u8; 1024];
-        let size = rustix::io::read(&self.log, &mut bytes[..]).unwrap_or(0);
-        let told = size.min(self.log_left);
-        self.log_left -= told;
-        let text = String::from_utf8_lossy(&bytes[..told]);
+        let wanted = bytes.len().min(self.log_left);
+        let size = rustix::io::read(&self.log, &mut bytes[..wanted])?;
+        self.log_left -= size;
+        let text = String::from_utf8_lossy(&bytes[..size]);
         let printable = |c: char| if c.is_control() && c != '\n' { '?' } else { c };
-        (size > 0).then(|| text.chars().map(printable).collect())
+        Ok((size > 0).then(|| text.chars().map(printable).collect()))
     }
 
     /// A slice of its console from this offset, or the oldest still kept.
@@ -226,6 +227,8 @@ impl Parts<'_> {
         .map_err(VmError::at("socket"))?;
         let pipe = rustix::pipe::pipe_with(PipeFlags::CLOEXEC);
         let (log, their_log) = pipe.map_err(VmError::at("log"))?;
+        // Only our end: the other is a description of its own.
+        rustix::fs::fcntl_setfl(&log, OFlags::NONBLOCK).map_err(VmError::at("log"))?;
         let pid = spawn(&Program {
             file: place.vmm.as_fd(),
             args: &arguments(spec),
@@ -329,4 +332,57 @@ fn console_slice(ring: &File, offset: u64) -> io::Result<ConsoleSlice> {
     ring.read_exact_at(&mut data[..before_end], PAGE_SIZE + start)?;
     ring.read_exact_at(&mut data[before_end..len], PAGE_SIZE)?;
     Ok(ConsoleSlice { offset, total, len: len as u16, data })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A ring whose byte i is i modulo 251, after `total` bytes.
+    fn ring(total: u64) -> File {
+        let file = memory(c"console", PAGE_SIZE + CONSOLE_RING_SIZE).unwrap();
+        let first = total.saturating_sub(CONSOLE_RING_SIZE);
+        for i in first..total {
+            file.write_all_at(&[(i % 251) as u8], PAGE_SIZE + i % CONSOLE_RING_SIZE).unwrap();
+        }
+        file.write_all_at(&total.to_le_bytes(), 0).unwrap();
+        file
+    }
+
+    fn check(total: u64, asked: u64, expect_offset: u64, expect_len: u16) {
+        let slice = console_slice(&ring(total), asked).unwrap();
+        let seen = (slice.offset, slice.total, slice.len);
+        assert_eq!(seen, (expect_offset, total, expect_len), "{asked} of {total}");
+        for (i, byte) in slice.data[..slice.len.into()].iter().enumerate() {
+            assert_eq!(u64::from(*byte), (slice.offset + i as u64) % 251);
+        }
+    }
+
+    #[test]
+    fn a_console_is_read_in_slices() {
+        const MAX: u16 = CONSOLE_SLICE_MAX as u16;
+        check(0, 0, 0, 0);
+        check(10, 0, 0, 10);
+        check(10, 4, 4, 6);
+        // Behind the end, and before the oldest byte kept.
+        check(10, 11, 10, 0);
+        check(10, u64::MAX, 10, 0);
+        check(CONSOLE_RING_SIZE + 5000, 0, 5000, MAX);
+        // Round the end of the ring.
+        check(CONSOLE_RING_SIZE + 5000, CONSOLE_RING_SIZE - 10, CONSOLE_RING_SIZE - 10, MAX);
+    }
+
+    #[test]
+    fn a_vmm_that_lies_about_its_console_harms_nobody() {
+        let file = memory(c"console", PAGE_SIZE + CONSOLE_RING_SIZE).unwrap();
+        for total in [u64::MAX, u64::MAX - 1, 1 << 63, CONSOLE_RING_SIZE] {
+            file.write_all_at(&total.to_le_bytes(), 0).unwrap();
+            for asked in [0, 1, total, total / 2, u64::MAX] {
+                let slice = console_slice(&file, asked).unwrap();
+                assert!(usize::from(slice.len) <= CONSOLE_SLICE_MAX && slice.offset <= total);
+            }
+        }
+        // Nobody can make it shorter under us.
+        assert!(file.set_len(PAGE_SIZE).is_err());
+    }
 }

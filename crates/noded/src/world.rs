@@ -222,22 +222,28 @@ impl World {
         events
     }
 
-    /// Prints what a VMM logged since the last time; whether there can be more.
+    /// Prints what a VMM logged since the last time; whether there can be more now.
     pub fn print_log(&mut self, slot: u32) -> bool {
         let Some(Some(vm)) = self.vms.get_mut(slot as usize) else { return false };
-        let Some(text) = vm.log_text() else {
-            let _ = epoll::delete(&self.poll, &vm.log);
-            return false;
-        };
-        text.lines().for_each(|line| println!("onde: slot {slot}: vmm: {line}"));
-        true
+        match vm.log_text() {
+            Ok(Some(text)) => {
+                text.lines().for_each(|line| println!("onde: slot {slot}: vmm: {line}"));
+                true
+            }
+            Ok(None) => {
+                let _ = epoll::delete(&self.poll, &vm.log);
+                false
+            }
+            // News of a VM that had this slot before.
+            Err(_) => false,
+        }
     }
 
     /// A child was waited for: frees all that a VM held if it was one's process.
     pub fn buried(&mut self, pid: Pid) -> Option<Event> {
         let is_its = |vm: &Option<Vm>| vm.as_ref().is_some_and(|vm| vm.pid == pid);
         let slot = self.vms.iter().position(is_its)?;
-        // Ends: the only writer is dead, so this comes to the pipe's end.
+        // Ends: the only writer is dead, and a pipe holds 64 KiB.
         while self.print_log(slot as u32) {}
         let vm = self.vms[slot].take()?;
         let tail = vm.console_end().map_or(Tail::default(), |slice| Tail {
