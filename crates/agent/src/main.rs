@@ -1,6 +1,9 @@
 //! `agent` is `/init` of a packed guest: it readies the guest, starts the packed program, and serves sessions
 //! with the customer over the job's secure channel. The guest is the customer's own, so the agent guards
 //! nothing inside of it; it never answers anyone who does not know the job key.
+//!
+//! The guest outlives its program: output and status wait for the customer, who then stops the VM by packet. If
+//! nobody ever asks, the VM lives until its balance is gone.
 #![forbid(unsafe_code)]
 
 mod children;

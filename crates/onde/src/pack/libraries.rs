@@ -2,7 +2,7 @@
 //! paths written in the files, `LD_LIBRARY_PATH`, `/etc/ld.so.cache`, the loader's own folders. Reads the host's files only.
 
 use anyhow::{Context, Result, bail};
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::{Path, PathBuf};
 
 use super::elf;
@@ -69,12 +69,12 @@ impl Places {
     pub fn find_all(&self, path: &Path, program: elf::Elf) -> Result<Libraries> {
         let mut found = Libraries::default();
         found.paths.extend(program.interpreter.as_ref().map(PathBuf::from));
-        let mut names = BTreeMap::new();
+        let mut names = BTreeSet::new();
         let first = Object { path: path.to_owned(), elf: program, inherited: Vec::new() };
         let mut objects = VecDeque::from([first]);
         while let Some(object) = objects.pop_front() {
             for name in &object.elf.needed {
-                if names.contains_key(name) {
+                if names.contains(name) {
                     continue;
                 }
                 let (library, by_cache) = self.find(name, &object).with_context(|| {
@@ -82,7 +82,7 @@ impl Places {
                 })?;
                 found.needs_cache |= by_cache;
                 found.paths.push(library.path.clone());
-                names.insert(name.clone(), ());
+                names.insert(name.clone());
                 objects.push_back(library);
             }
             if names.len() > LIBRARIES_MAX {
