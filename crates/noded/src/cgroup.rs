@@ -43,6 +43,7 @@ impl Cgroups {
         if is_capped {
             enable(&parent)?;
         }
+        bury_the_dead(&parent);
         fs::create_dir_all(&folder)?;
         if is_capped {
             enable(&folder)?;
@@ -76,6 +77,24 @@ impl Drop for Cgroups {
         // It stays only if a VM's process does, which the kernel is killing.
         let _ = fs::remove_dir(&self.folder);
     }
+}
+
+/// Removes the groups `onde-PID` of services that were killed before they could. Their VMs died with them.
+fn bury_the_dead(parent: &Path) {
+    let is_left_over = |path: &Path| {
+        let pid = path.file_name().and_then(|name| name.to_str()?.strip_prefix("onde-"));
+        pid.is_some_and(|pid| pid.parse::<u32>().is_ok() && !Path::new("/proc").join(pid).exists())
+    };
+    for folder in folders(parent).into_iter().filter(|path| is_left_over(path)) {
+        // A group in which something lives cannot be removed.
+        folders(&folder).iter().chain([&folder]).for_each(|path| drop(fs::remove_dir(path)));
+    }
+}
+
+/// The folders in a folder; none where it cannot be read.
+fn folders(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries.map(|entry| entry.path()).filter(|path| path.is_dir()).collect()
 }
 
 /// Where version 2 is mounted.
