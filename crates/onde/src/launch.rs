@@ -4,7 +4,7 @@
 
 use anyhow::{Context, Result};
 use onde_client::api::{Hex, JobOpened, JobRequest, NodeChoice};
-use onde_client::broker::new_key;
+use onde_client::broker::{Broker, BrokerError, new_key};
 use onde_client::echo::Echo;
 use onde_client::job::Job;
 use onde_client::layout::{self, Layout};
@@ -13,6 +13,7 @@ use onde_wire::key::sha256;
 use onde_wire::stream::Start;
 use onde_wire::token::BootToken;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::cli::Order;
 use crate::cluster::Cluster;
@@ -24,6 +25,11 @@ use crate::settle;
 const TOKENS_DEFAULT: u32 = 30;
 /// Budget, tokens, where nothing else is said: ten minutes and more of one busy vCPU.
 const BUDGET_DEFAULT: u32 = 600;
+/// The broker's word where no node has room.
+const FULL: &str = "no_fitting_node";
+/// The broker looks at its nodes every two seconds.
+const ROOM_PATIENCE: Duration = Duration::from_secs(4);
+const ROOM_PERIOD: Duration = Duration::from_millis(500);
 
 /// What is booted.
 pub struct Machine<'a> {
@@ -59,7 +65,7 @@ pub fn launch(
         tokens: first,
         moves: None,
     };
-    let opened = cluster.broker.open_job(&request)?;
+    let opened = buy(&cluster.broker, &request)?;
     let mut job = Job::new(&opened, &machine.title, &cluster.name, budget);
     job.name = order.name.clone();
     job.has_agent = machine.has_agent;
@@ -69,6 +75,18 @@ pub fn launch(
         interrupt.leave("the VM may still run, and its change was not collected");
         settle::tell(cluster, &job, report);
     })
+}
+
+/// Buys the job. What another VM has just given back is for sale again once the broker has looked.
+fn buy(broker: &Broker, request: &JobRequest) -> Result<JobOpened, BrokerError> {
+    let deadline = Instant::now() + ROOM_PATIENCE;
+    loop {
+        match broker.open_job(request) {
+            Err(error) if error.word() == Some(FULL) && Instant::now() < deadline => {}
+            done => return done,
+        }
+        std::thread::sleep(ROOM_PERIOD);
+    }
 }
 
 /// The first payment and the budget, tokens.
