@@ -3,7 +3,7 @@
 
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_dtable, kvm_fpu, kvm_lapic_state, kvm_msr_entry, kvm_regs,
-    kvm_segment, kvm_sregs, kvm_vcpu_events,
+    kvm_segment, kvm_sregs, kvm_vcpu_events, kvm_xcrs,
 };
 use kvm_ioctls::VcpuFd;
 use onde_wire::machine::{ColdStart, INFO_START, LOADER_START};
@@ -54,6 +54,8 @@ pub struct ResetState {
     lapic: kvm_lapic_state,
     events: kvm_vcpu_events,
     debug: kvm_debugregs,
+    /// None where the host has no XSAVE.
+    xcrs: Option<kvm_xcrs>,
 }
 
 impl ResetState {
@@ -64,6 +66,7 @@ impl ResetState {
             lapic: vcpu.get_lapic().fault(Part::Kvm, "read the local APIC")?,
             events: vcpu.get_vcpu_events().fault(Part::Kvm, "read vCPU events")?,
             debug: vcpu.get_debug_regs().fault(Part::Kvm, "read debug registers")?,
+            xcrs: vcpu.get_xcrs().ok(),
         })
     }
 
@@ -107,6 +110,9 @@ impl ResetState {
         vcpu.set_lapic(&self.lapic).fault(Part::Kvm, "reset the local APIC")?;
         vcpu.set_vcpu_events(&self.events).fault(Part::Kvm, "reset vCPU events")?;
         vcpu.set_debug_regs(&self.debug).fault(Part::Kvm, "reset debug registers")?;
+        if let Some(xcrs) = &self.xcrs {
+            vcpu.set_xcrs(xcrs).fault(Part::Kvm, "reset XCR0")?;
+        }
         self.set_msrs(vcpu)?;
         self.set(vcpu, &sregs, &regs)
     }
@@ -190,6 +196,7 @@ mod tests {
             lapic: Default::default(),
             events: Default::default(),
             debug: Default::default(),
+            xcrs: None,
         }
     }
 

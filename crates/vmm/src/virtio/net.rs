@@ -132,10 +132,14 @@ impl<L: Link> Net<L> {
     fn receive(&mut self, queue: &mut Queue, view: &View) -> Result<Served, Broken> {
         let before = queue.next_used();
         let mut more = true;
-        for _ in 0..BUDGET {
+        for count in 0..BUDGET {
             if !self.fetch() || !self.deliver(queue, view)? {
                 more = false;
                 break;
+            }
+            // At once, so that a vCPU in IDLE works on the first frame while the others come.
+            if count == 0 {
+                self.arrivals.announce();
             }
         }
         if queue.next_used() != before {
