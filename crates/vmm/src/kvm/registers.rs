@@ -66,7 +66,7 @@ impl ResetState {
             lapic: vcpu.get_lapic().fault(Part::Kvm, "read the local APIC")?,
             events: vcpu.get_vcpu_events().fault(Part::Kvm, "read vCPU events")?,
             debug: vcpu.get_debug_regs().fault(Part::Kvm, "read debug registers")?,
-            xcrs: vcpu.get_xcrs().ok(),
+            xcrs: vcpu.get_xcrs().ok().filter(|xcrs| xcrs.nr_xcrs > 0),
         })
     }
 
