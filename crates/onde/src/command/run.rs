@@ -6,7 +6,7 @@ use onde_client::echo::Echo;
 use onde_client::home::Home;
 use onde_client::job::Job;
 use onde_client::session::{Ended, Session, SessionError};
-use onde_wire::packet::JobStatus;
+use onde_wire::packet::{EndReason, JobStatus};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
@@ -24,7 +24,8 @@ use crate::report::Report;
 use crate::{pack, payer, settle, terminal};
 
 /// Quiet on the serial port, whose every byte is an exit; what it has to say when it crashes comes all the same.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1";
+/// The machine has no PCI.
+const CMDLINE: &str = "console=ttyS0 quiet panic=-1 pci=off";
 /// Between a VM's end and the end of its program's session: the last output is on its way.
 const LAST_OUTPUT: Duration = Duration::from_secs(2);
 /// Lines of the console that are shown of a guest that crashed.
@@ -147,6 +148,9 @@ fn crash(job: &Job, followed: &Result<(Ended, Outcome), SessionError>) -> Option
 fn over(job: &Job, status: &JobStatus) -> anyhow::Error {
     let why = job::end_words(status.end).unwrap_or("nobody knows why");
     let text = format!("the VM ended before its program did: {why}");
+    if status.end == EndReason::OutOfTokens {
+        return hinted(text, "give it a larger --budget, or onde pay JOB N while it runs");
+    }
     match console::tail(job, CONSOLE_LINES) {
         Some(tail) => anyhow!("{text}; the end of its console:\n{tail}"),
         None => anyhow!(text),
