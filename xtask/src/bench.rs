@@ -33,7 +33,7 @@ const RUNS: usize = 5;
 /// Memory of the guest, as `bench-node` gives it to QEMU.
 const GUEST_MIB: u32 = 256;
 /// What both VMMs' guest is told.
-const CMDLINE: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=off cryptomgr.notests tsc=reliable no_timer_check";
+const CMDLINE: &str = "console=ttyS0 quiet tsc=reliable no_timer_check cryptomgr.notests 8250.nr_uarts=1 pci=off panic=-1 reboot=t";
 /// What the guest prints when it is in user space (see `bench-guest`).
 const MARK: &[u8] = b"onde-bench: user space";
 /// Memory of the node: the image with QEMU in it, QEMU's guest or several of ours.
