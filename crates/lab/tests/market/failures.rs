@@ -98,17 +98,22 @@ pub fn broker_away(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// A node loses its power while a job runs there: the broker gives back what the node had not charged.
+/// A node loses its power while a job runs there: the customer who waits for it hears of it, and the broker
+/// gives back what the node had not charged.
 pub fn node_lost(world: &World) -> Result<()> {
     let before = world.balance()?;
     let order = ["--node", "2", "--name", "lost", "--tokens", "200", "--budget", "200"];
-    let run = [&["run", "-d"], &order[..], &["--", "/usr/bin/sleep", "600"]].concat();
-    world.onde(run)?;
+    let run = [&["run"], &order[..], &["--", "/usr/bin/sleep", "600"]].concat();
+    let waiting = world.command(run)?.stderr(Stdio::piped()).spawn()?;
+    wait("the broker to see a charge", || {
+        Ok(world.newest_job().is_ok_and(|job| job.node == 2 && job.spent_micro > 0))
+    })?;
     let job = world.newest_job()?;
-    let charged = || Ok(world.broker.job(&job.id.0)?.spent_micro > 0);
-    wait("the broker to see a charge", charged)?;
     world.lab.kill_node(2)?;
     world.lab.boot_node(2)?;
+    let done = waiting.wait_with_output()?;
+    let told = String::from_utf8_lossy(&done.stderr);
+    ensure!(done.status.code() == Some(125) && told.contains("lost"), "{}: {told}", done.status);
     let settled = || Ok(world.broker.job(&job.id.0)?.settled_by.is_some());
     wait("the broker to settle", settled)?;
     let job = world.broker.job(&job.id.0)?;
