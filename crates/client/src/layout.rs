@@ -30,7 +30,7 @@ const E820_RESERVED: u32 = 2;
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LayoutError {
     /// The kernel cannot be booted.
-    #[error("the kernel {0}")]
+    #[error("the image {0}")]
     // No `#[from]`: the text has its words already, and a cause would say them twice.
     Kernel(KernelError),
     /// Kernel and initramfs do not fit.

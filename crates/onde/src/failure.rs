@@ -5,6 +5,7 @@ use onde_client::bootstrap::BootstrapError;
 use onde_client::broker::BrokerError;
 use onde_client::echo::EchoError;
 use onde_client::job::JobsError;
+use onde_client::layout::LayoutError;
 use onde_client::node::NodeError;
 use std::fmt;
 use std::io::ErrorKind;
@@ -49,7 +50,17 @@ fn hint<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<&'a str> {
         return Some(hinted.hint);
     }
     if let Some(error) = cause.downcast_ref::<BrokerError>() {
-        return error.hint();
+        // The broker's own hints speak of its API; these of this program.
+        return match error.word() {
+            Some("unauthorized") => Some("onde account use KEY --broker URL takes the right key"),
+            Some("no_fitting_node") => Some("onde node ls shows what is free"),
+            Some("not_operator") => Some("--operator-key FILE, as the broker wrote it"),
+            Some("account_exists") => Some("take another name"),
+            _ => error.hint(),
+        };
+    }
+    if let Some(LayoutError::Memory { .. }) = cause.downcast_ref::<LayoutError>() {
+        return Some("--memory MiB gives it more");
     }
     if let Some(error) = cause.downcast_ref::<NodeError>() {
         return error.hint();

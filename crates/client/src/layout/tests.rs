@@ -98,10 +98,10 @@ fn refuses_what_cannot_boot_and_says_why() {
     let refuse = |kernel: &[u8], initrd: &[u8], mem_mib: u64| {
         cold(kernel, initrd, "", mem_mib * MIB).unwrap_err().to_string()
     };
-    let no_kernel = "the kernel is no kernel: neither an x86-64 ELF file nor a bzImage";
+    let no_kernel = "the image is no kernel: neither an x86-64 ELF file nor a bzImage";
     assert_eq!(refuse(b"#!/bin/sh\n", &[], 64), no_kernel);
     assert_eq!(refuse(&[], &[], 64), no_kernel);
-    let damaged = "the kernel is damaged or no Linux kernel: its ELF headers";
+    let damaged = "the image is damaged or no Linux kernel: its ELF headers";
     assert_eq!(refuse(&elf(None)[..0x1800], &[], 64), damaged);
     let mut low = elf(Some(1));
     low[64 + 24..64 + 32].copy_from_slice(&0x8000u64.to_le_bytes());
