@@ -346,7 +346,9 @@ impl Host {
     fn hint(&self, image: &Image, arg: &OsStr) -> Option<String> {
         let path = self.absolute(Path::new(arg));
         let is_kernels = KERNELS.iter().any(|folder| path.starts_with(folder));
-        let is_forgotten = !arg.is_empty() && path.exists() && !image.has(&path) && !is_kernels;
+        // The root folder is always there.
+        let is_path = !arg.is_empty() && path.parent().is_some();
+        let is_forgotten = is_path && path.exists() && !image.has(&path) && !is_kernels;
         let shown = arg.to_string_lossy();
         is_forgotten.then(|| format!("{shown} is a file here and not in the VM: --file {shown}"))
     }

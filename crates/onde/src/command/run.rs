@@ -64,9 +64,10 @@ pub fn run(context: Option<&str>, run: &Run, report: &Report) -> Result<ExitCode
         let _ = cluster.jobs.update(&job.id.0, |job| job.exit = Some(status));
     }
     settle::tell(&cluster, &job, report);
-    match crash {
-        Some(error) => Err(error),
-        None => Ok(session::exit_code(&followed?.0, report)),
+    match (crash, followed) {
+        (Some(error), _) => Err(error),
+        (None, Ok((ended, _))) => Ok(session::exit_code(&ended, report)),
+        (None, Err(error)) => Ok(session::failed(error)),
     }
 }
 
@@ -141,8 +142,11 @@ fn crash(job: &Job, followed: &Result<(Ended, Outcome), SessionError>) -> Option
             "run it again on another node: onde node ls",
         )),
         Ok((_, Outcome::Dismissed)) => None,
-        Err(_) => console::tail(job, CONSOLE_LINES)
-            .map(|tail| anyhow!("the guest cannot be reached; the end of its console:\n{tail}")),
+        Err(SessionError::Refused { .. } | SessionError::Output(_)) => None,
+        Err(SessionError::Unreachable(_) | SessionError::Lost(_)) => {
+            console::tail(job, CONSOLE_LINES)
+                .map(|tail| anyhow!("the guest cannot be reached; the end of its console:\n{tail}"))
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use onde_client::job::Job;
 use onde_client::session::{Ended, FROM_END, Session, SessionError, Streams};
 use onde_wire::session::{Launch, Refusal};
 use std::ffi::OsString;
-use std::io::{stderr, stdin, stdout};
+use std::io::{ErrorKind, stderr, stdin, stdout};
 use std::os::unix::ffi::OsStrExt;
 use std::process::ExitCode;
 use std::sync::Mutex;
@@ -87,9 +87,12 @@ pub fn exec(name: &str, tty: bool, command: &[OsString]) -> Result<ExitCode> {
     }
 }
 
-/// The exit status that shells and container tools give to a program that does not start.
-fn failed(error: SessionError) -> ExitCode {
+/// The exit status that shells and container tools give to a program that does not start, or whose reader went.
+pub fn failed(error: SessionError) -> ExitCode {
     let code = match &error {
+        SessionError::Output(error) if error.kind() == ErrorKind::BrokenPipe => {
+            return ExitCode::from(141);
+        }
         SessionError::Refused { refusal: Refusal::NotFound, .. } => 127,
         SessionError::Refused { refusal: Refusal::NotExecutable, .. } => 126,
         _ => super::FAILED,
