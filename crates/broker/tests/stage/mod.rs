@@ -128,7 +128,12 @@ pub struct Caller {
 
 impl Caller {
     pub fn new(url: &str, key: &str) -> Self {
-        let config = ureq::Agent::config_builder().http_status_as_error(false).build();
+        // A connection for each request: a server may close one that idles at the very moment it is used
+        // again, which `onde_client::broker` answers by another try.
+        let config = ureq::Agent::config_builder()
+            .http_status_as_error(false)
+            .max_idle_connections(0)
+            .build();
         Self { agent: config.into(), url: url.into(), key: key.into() }
     }
 
