@@ -22,5 +22,5 @@ pub fn run() -> Result<()> {
     // Long enough to show that they run and that no input of the first thousands kills a parser.
     step("fuzz targets", || fuzz::run(None, 1))?;
     // Tests of the lab are among these; each has a lab of its own, or waits for its turn.
-    step("tests", || cargo(root(), &["test", "--release", "--workspace"]))
+    step("tests", || cargo(root(), &["test", "--release", "--workspace", "--all-targets"]))
 }
