@@ -4,6 +4,7 @@
 
 mod bench;
 mod build;
+mod demo;
 mod fuzz;
 mod setup;
 mod step;
@@ -30,6 +31,8 @@ enum Cmd {
     Setup,
     /// Build every program, the bare-metal ones too
     Build,
+    /// Show all that Onde does on a lab of two nodes, set-up and build included
+    Demo,
     /// Run all checks and tests, the lab's included
     Test,
     /// Measure Onde beside its peers
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
     let done = match Cli::parse().command {
         Cmd::Setup => setup::run(),
         Cmd::Build => build::run(),
+        Cmd::Demo => demo::run(),
         Cmd::Test => test::run(),
         Cmd::Bench { json } => bench::run(json.as_deref()),
         Cmd::Tcb => tcb::run(),
