@@ -44,10 +44,13 @@ pub fn run() -> Result<()> {
     let begun = Instant::now();
     let dir = std::env::temp_dir().join(format!("onde-demo-{}", std::process::id()));
     fs::DirBuilder::new().mode(0o700).create(&dir)?;
-    let shown = Demo::open(&dir).and_then(|demo| demo.show());
-    if shown.is_err() {
-        explain(&dir.join("lab"));
-    }
+    let shown = Demo::open(&dir).and_then(|demo| {
+        demo.show().inspect_err(|_| {
+            explain(&dir.join("lab"));
+            // So that its home node, which is in the background, need not find out that the node is gone.
+            demo.shell.clean_up(&["onde", "stop", "own"]);
+        })
+    });
     let cleaned = clean(&dir);
     shown?;
     cleaned?;

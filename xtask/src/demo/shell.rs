@@ -125,6 +125,11 @@ impl Shell {
         self.follow(words, &|_| {})
     }
 
+    /// Runs a command without a word, also after an interruption; whether it succeeds is no matter any more.
+    pub fn clean_up(&self, words: &[&str]) {
+        let _ = self.follow(words, &|_| {});
+    }
+
     /// Waits until `look` finds what it looks for.
     pub fn wait<T>(&self, what: &str, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
         let begun = Instant::now();
