@@ -18,7 +18,7 @@ use onde_client::node::Handle;
 use onde_lab::image::Extra;
 use onde_lab::kernel::KernelCache;
 use onde_lab::progress::Step;
-use onde_lab::{Lab, Shape, programs};
+use onde_lab::{Lab, Shape, guest, programs};
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::{Key, sha256};
 use onde_wire::stream::Start;
@@ -256,21 +256,9 @@ fn customer(lab: &Lab, nodes: u8) -> Result<Broker> {
     Ok(broker)
 }
 
-/// The guest's initramfs: `bench-guest` and the console it writes to.
+/// The guest's initramfs: `bench-guest` alone.
 fn guest_image() -> Result<Vec<u8>> {
-    use cpio::newc::{Builder, ModeFileType, trailer};
-    let init = fs::read(programs::find("bench-guest")?)?;
-    let mut out = Vec::new();
-    let folder =
-        Builder::new("dev").nlink(2).mode(0o755).set_mode_file_type(ModeFileType::Directory);
-    folder.write(&mut out, 0).finish()?;
-    let console = Builder::new("dev/console").nlink(1).mode(0o600).rdev_major(5).rdev_minor(1);
-    console.set_mode_file_type(ModeFileType::Char).write(&mut out, 0).finish()?;
-    let file = Builder::new("init").nlink(1).mode(0o755).set_mode_file_type(ModeFileType::Regular);
-    let mut writer = file.write(&mut out, u32::try_from(init.len())?);
-    std::io::Write::write_all(&mut writer, &init)?;
-    writer.finish()?;
-    Ok(trailer(out)?)
+    guest::single(&programs::find("bench-guest")?)
 }
 
 /// What the node needs to run the peer: our first program, QEMU with its libraries and firmware, the guest.

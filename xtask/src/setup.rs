@@ -87,7 +87,9 @@ fn unpack(cache: &Path, scratch: &Path) -> Result<()> {
     let version = only_entry(&tree.join("lib/modules"))?;
     fs::rename(tree.join("boot").join(format!("vmlinuz-{version}")), kernel.join("vmlinuz"))?;
     let bzimage = fs::read(kernel.join("vmlinuz"))?;
-    fs::write(kernel.join("vmlinux"), onde_lab::kernel::unpack(&bzimage).context("vmlinuz")?)?;
+    let vmlinux = onde_client::kernel::unpack(&bzimage)?;
+    let vmlinux = vmlinux.context("vmlinuz is not packed with LZ4, as Debian's is")?;
+    fs::write(kernel.join("vmlinux"), vmlinux)?;
     let modules = tree.join("lib/modules").join(&version).join("kernel");
     fs::rename(modules, kernel.join("modules"))?;
     fs::write(kernel.join("version"), version + "\n")?;

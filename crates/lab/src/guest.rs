@@ -1,5 +1,5 @@
-//! A customer's own small system for `onde boot`: an initramfs with a shell of the host in it and none of Onde. The
-//! demo and the tests boot it; starts nothing.
+//! Small guests that are none of Onde's: a customer's own system for `onde boot`, with a shell of the host, and one
+//! program alone for the benchmarks. Only builds their initramfs; starts nothing.
 
 use std::path::Path;
 
@@ -25,5 +25,13 @@ pub fn initramfs(init: &str) -> Result<Vec<u8>> {
     }
     let script = format!("#!/bin/sh\n{init}");
     image.add("init", ModeFileType::Regular, 0o755, script.as_bytes())?;
+    image.end()
+}
+
+/// An initramfs of one static program, which writes to the console.
+pub fn single(init: &Path) -> Result<Vec<u8>> {
+    let mut image = Image::new(Vec::new());
+    // The kernel's own initramfs has the console.
+    image.add_file("init", init)?;
     image.end()
 }
