@@ -32,8 +32,8 @@ const BROKER: &str = "http://198.18.255.1:8400";
 const INIT: &str =
     "echo \"my own $(uname -sr) and my own init: 6 * 7 = $((6 * 7))\"\nread forever\n";
 /// Memory that a node may have less of after its VMs than before, MiB: far less than any VM has. Its kernel keeps
-/// it for the next one, in slabs and lists of free pages.
-const SLACK_MIB: u64 = 16;
+/// it for the next one in its slabs.
+const SLACK_MIB: u64 = 8;
 /// Time for the keeper of a lab that was interrupted on its way up to clean up.
 const CLEAN_PATIENCE: Duration = Duration::from_secs(20);
 
