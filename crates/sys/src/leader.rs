@@ -5,10 +5,18 @@ use std::os::fd::BorrowedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 
+/// Signals by which a session is told to end. Whoever started this process may have had them ignored (nohup(1)
+/// does), and a program inherits that.
+const ENDING: [i32; 4] = [libc::SIGHUP, libc::SIGINT, libc::SIGQUIT, libc::SIGTERM];
+
 /// The program will call setsid(2) first and, where `terminal`, take its standard input for its
-/// controlling terminal.
+/// controlling terminal. Signals that end a session have their default effect on it.
 pub fn lead_session(command: &mut Command, terminal: bool) {
     let lead = move || {
+        for signal in ENDING {
+            // SAFETY: the default disposition runs no code of ours.
+            unsafe { libc::signal(signal, libc::SIG_DFL) };
+        }
         rustix::process::setsid()?;
         if terminal {
             // SAFETY: the child has just been given descriptor 0, and nothing closes it before exec.
@@ -17,6 +25,6 @@ pub fn lead_session(command: &mut Command, terminal: bool) {
         }
         Ok(())
     };
-    // SAFETY: the closure makes two system calls and touches no memory, lock or descriptor of the parent.
+    // SAFETY: the closure makes system calls only and touches no memory, lock or descriptor of the parent.
     unsafe { command.pre_exec(lead) };
 }
