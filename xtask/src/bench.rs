@@ -181,7 +181,7 @@ impl Bench {
         fs::write(files.join("runs"), runs.to_string())?;
         fs::write(files.join("cmdline"), CMDLINE)?;
         let kernel = KernelCache::find()?;
-        let shape = Shape { nodes, memory_mib: NODE_MIB, ..Shape::default() };
+        let shape = Shape { nodes, memory_mib: NODE_MIB, vcpus: 2, ..Shape::default() };
         let progress = Step::new(&format!("{nodes} node(s) boot; the peer runs {runs} times"));
         let lab = Lab::up_with(&dir.join("lab"), &shape, &extras(&kernel, &files)?, |_| {})?;
         progress.done("ready");

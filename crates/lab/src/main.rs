@@ -71,8 +71,8 @@ struct Up {
     /// Memory of each node, MiB
     #[arg(long, value_name = "MiB", default_value_t = 1536)]
     memory: u32,
-    /// Processors of each node
-    #[arg(long, default_value_t = 2)]
+    /// Processors of each node; guests can have as many
+    #[arg(long, default_value_t = 1)]
     vcpus: u8,
     /// Leave out the broker
     #[arg(long)]

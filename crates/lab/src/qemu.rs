@@ -44,9 +44,7 @@ impl Accelerator {
     fn options(self) -> [&'static str; 4] {
         match self {
             Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            // One thread for all processors of a node: with a thread for each, one VM in a hundred hung or
-            // crashed its node's kernel right at VMRUN (QEMU 7.2); with one, none of several hundred.
-            Self::Tcg => ["-accel", "tcg,thread=single", "-cpu", "max,+svm,+npt"],
+            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"],
         }
     }
 }

@@ -104,9 +104,11 @@ pub fn node_lost(world: &World) -> Result<()> {
     let before = world.balance()?;
     let order = ["--node", "2", "--name", "lost", "--tokens", "200", "--budget", "200"];
     let run = [&["run"], &order[..], &["--", "/usr/bin/sleep", "600"]].concat();
+    let last = world.newest_job()?.seq;
     let waiting = world.command(run)?.stderr(Stdio::piped()).spawn()?;
     wait("the broker to see a charge", || {
-        Ok(world.newest_job().is_ok_and(|job| job.node == 2 && job.spent_micro > 0))
+        let job = world.newest_job()?;
+        Ok(job.seq > last && job.spent_micro > 0)
     })?;
     let job = world.newest_job()?;
     world.lab.kill_node(2)?;
