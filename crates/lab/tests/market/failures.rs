@@ -2,9 +2,10 @@
 //! pays for nothing that was not had.
 
 use std::fs;
+use std::io::{Read, Write};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use onde_client::api::SettledBy;
 use onde_lab::programs;
 use rustix::process::{Pid, Signal, kill_process};
@@ -103,17 +104,23 @@ pub fn broker_away(world: &World) -> Result<()> {
 pub fn node_lost(world: &World) -> Result<()> {
     let before = world.balance()?;
     let order = ["--node", "2", "--name", "lost", "--tokens", "200", "--budget", "200"];
-    let run = [&["run"], &order[..], &["--", "/usr/bin/sleep", "600"]].concat();
-    let last = world.newest_job()?.seq;
-    let waiting = world.command(run)?.stderr(Stdio::piped()).spawn()?;
-    wait("the broker to see a charge", || {
-        let job = world.newest_job()?;
-        Ok(job.seq > last && job.spent_micro > 0)
-    })?;
+    let run = [&["run"], &order[..], &["--", "/usr/bin/cat"]].concat();
+    let mut command = world.command(run)?;
+    let piped = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut waiting = piped.spawn()?;
+    // What the program says back shows that it runs: a node lost during the upload is another story.
+    let mut input = waiting.stdin.take().context("no stdin")?;
+    input.write_all(b"up\n")?;
+    let mut up = [0; 3];
+    if waiting.stdout.as_mut().context("no stdout")?.read_exact(&mut up).is_err() {
+        bail!("it did not start: {}", String::from_utf8_lossy(&waiting.wait_with_output()?.stderr));
+    }
+    wait("the broker to see a charge", || Ok(world.newest_job()?.spent_micro > 0))?;
     let job = world.newest_job()?;
     world.lab.kill_node(2)?;
     world.lab.boot_node(2)?;
     let done = waiting.wait_with_output()?;
+    drop(input);
     let told = String::from_utf8_lossy(&done.stderr);
     ensure!(done.status.code() == Some(125) && told.contains("lost"), "{}: {told}", done.status);
     let settled = || Ok(world.broker.job(&job.id.0)?.settled_by.is_some());
