@@ -37,6 +37,17 @@ pub const LOADER_SIZE_MAX: u32 = 1 << 20;
 pub const CONTROL_START: u64 = 0xD000_0000;
 /// Info page: one read-only page of memory shared with `noded`, no exits.
 pub const INFO_START: u64 = 0xD000_1000;
+/// BITMAP window, read only: one bit a page of RAM, in the order of the pages (low RAM, then high),
+/// as little-endian u64 words; what HARVEST found.
+pub const BITMAP_START: u64 = 0xC0_0000_0000;
+/// MIRROR window: all RAM once more, read only; RAM address a is at `MIRROR_START + a`. Root in the guest can map
+/// this through `/dev/mem`, which hides RAM itself.
+pub const MIRROR_START: u64 = 0x80_0000_0000;
+/// FROZEN window, read only: what FREEZE saved, see [`Frozen`].
+pub const FROZEN_START: u64 = 0xA0_0000_0000;
+/// Most pages that FREEZE copies (16 MiB): what a VM's memory allowance has room for beyond its RAM, and
+/// what a link of 1 Gbit/s carries in 130 ms. With more dirty pages FREEZE does nothing.
+pub const FROZEN_PAGES_MAX: u64 = 4096;
 /// First virtio-mmio device; the n-th is `VIRTIO_STRIDE` further.
 pub const VIRTIO_START: u64 = 0xD001_0000;
 /// Distance between two virtio-mmio devices, bytes.
@@ -77,6 +88,24 @@ pub mod control {
     /// u32, write: milliseconds (at most 1000); returns when the network device has
     /// something for the guest or the time is over. For bare-metal waits without interrupts.
     pub const REG_IDLE: u64 = 0x028;
+    /// u32, write: 1 starts to note which pages of RAM are written, 0 ends it. At the start none is noted.
+    pub const REG_TRACK: u64 = 0x030;
+    /// u32, write (any value): the pages written since TRACK or the last HARVEST go to the BITMAP window.
+    pub const REG_HARVEST: u64 = 0x034;
+    /// u32, write: [`ROLE_MOVED`] or [`ROLE_FORKED`], the role of the copy. Stops all vCPUs, saves the machine state and
+    /// the pages written since the last HARVEST into the FROZEN window, and goes on; from then on no frame
+    /// leaves but those of FLOW, until ABORT or COMMIT. A machine that RESUMEs the saved state goes on at the same
+    /// instruction. RESULT is OK in both; `RESULT_TOO_MANY` where more than `FROZEN_PAGES_MAX` pages are dirty.
+    pub const REG_FREEZE: u64 = 0x038;
+    /// u32, read: [`ROLE_SOURCE`] in a machine that was not resumed, else what FREEZE was told.
+    pub const REG_ROLE: u64 = 0x03C;
+    /// u32, write (any value): ends this machine after FREEZE, for good.
+    pub const REG_COMMIT: u64 = 0x048;
+    /// u32, write (any value): undoes FREEZE: frames leave again.
+    pub const REG_ABORT: u64 = 0x04C;
+    /// u64, write: the one TCP connection that is let out after FREEZE: the peer's IPv4 address in bytes 0-3, its port in
+    /// 4-5, the own port in 6-7, all in network order; 0 for none.
+    pub const REG_FLOW: u64 = 0x050;
     /// u8, read and write: ACPI sleep control register (S5 is type 5).
     pub const REG_SLEEP_CONTROL: u64 = 0x040;
     /// u8, read and write: ACPI sleep status register.
@@ -103,6 +132,15 @@ pub mod control {
     pub const RESULT_UNREADABLE: u32 = 2;
     /// The payment token was not accepted.
     pub const RESULT_REFUSED: u32 = 3;
+    /// More pages are dirty than FREEZE copies; nothing was done.
+    pub const RESULT_TOO_MANY: u32 = 4;
+
+    /// Role of a machine that was not resumed.
+    pub const ROLE_SOURCE: u32 = 0;
+    /// Role of a copy whose source ends.
+    pub const ROLE_MOVED: u32 = 1;
+    /// Role of a copy whose source goes on.
+    pub const ROLE_FORKED: u32 = 2;
 }
 
 /// Console ring: a memory file of a header page and `CONSOLE_RING_SIZE` bytes. The header's
@@ -348,10 +386,72 @@ pub enum ColdStart {
     },
 }
 
+/// The first page of the FROZEN window. The machine state follows at the next page, then, from the page behind it, the
+/// addresses of the pages saved (u64 each), then, from the page behind those, the pages in the same order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Frozen {
+    /// Bytes of the machine state.
+    pub state_size: u64,
+    /// Number of pages saved.
+    pub page_count: u64,
+}
+
+/// "ONDEFROZ", first in the FROZEN window after FREEZE.
+const FROZEN_MAGIC: [u8; 8] = *b"ONDEFROZ";
+
+impl Frozen {
+    /// Bytes of the header.
+    pub const SIZE: usize = 24;
+
+    /// The header's bytes.
+    pub fn emit(&self) -> [u8; Self::SIZE] {
+        let mut out = [0; Self::SIZE];
+        let mut w = Writer::new(&mut out);
+        w.put(&FROZEN_MAGIC);
+        w.put(&self.state_size.to_le_bytes());
+        w.put(&self.page_count.to_le_bytes());
+        out
+    }
+
+    /// Reads the header; `None` where nothing is frozen or the numbers are over their limits.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut r = Reader::new(bytes);
+        if r.array()? != FROZEN_MAGIC {
+            return None;
+        }
+        let frozen = Self { state_size: r.u64()?, page_count: r.u64()? };
+        let in_bounds = frozen.state_size <= STATE_SIZE_MAX.into();
+        (in_bounds && frozen.page_count <= FROZEN_PAGES_MAX).then_some(frozen)
+    }
+
+    /// Offset of the machine state in the window.
+    pub fn state_at(&self) -> u64 {
+        PAGE_SIZE
+    }
+
+    /// Offset of the pages' addresses.
+    pub fn addresses_at(&self) -> u64 {
+        (self.state_at() + self.state_size).next_multiple_of(PAGE_SIZE)
+    }
+
+    /// Offset of the pages.
+    pub fn pages_at(&self) -> u64 {
+        (self.addresses_at() + 8 * self.page_count).next_multiple_of(PAGE_SIZE)
+    }
+
+    /// Bytes of the window at most.
+    pub fn window_size() -> u64 {
+        let most = Self { state_size: STATE_SIZE_MAX.into(), page_count: FROZEN_PAGES_MAX };
+        most.pages_at() + FROZEN_PAGES_MAX * PAGE_SIZE
+    }
+}
+
 /// "ONDEMACH", first in every machine state.
 pub const STATE_MAGIC: [u8; 8] = *b"ONDEMACH";
 /// Version of the cold machine state.
 pub const STATE_COLD: u32 = 1;
+/// Version of a full machine state: what follows is `vmm`'s own, and only a `vmm` of the same version reads it.
+pub const STATE_FULL: u32 = 2;
 /// Bytes of a cold machine state.
 pub const COLD_SIZE: usize = 48;
 /// Most bytes of any machine state: 64 vCPUs at 32 KiB and the devices.
