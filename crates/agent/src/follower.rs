@@ -79,6 +79,11 @@ impl Followers {
         self.list.iter_mut().find(|follower| follower.client == client)
     }
 
+    /// None of them comes again.
+    pub fn clear(&mut self) {
+        self.list.clear();
+    }
+
     /// The client of a connection left on purpose.
     pub fn leave(&mut self, connection: u64) {
         self.list.retain(|follower| follower.connection != connection);

@@ -7,14 +7,18 @@
 #![forbid(unsafe_code)]
 
 mod children;
+mod copied;
+mod door;
 mod follower;
 mod guest;
 mod input;
+mod machine;
 mod network;
 mod program;
 mod pump;
 mod server;
 mod session;
+mod snapshot;
 mod start;
 mod tail;
 #[cfg(test)]

@@ -1,5 +1,5 @@
 //! The guest's network: loopback, and the one interface that the machine has, with the address from its
-//! boot token. Called once by `main`.
+//! boot token. Called by `main`, and in a copy of a machine once more.
 
 use anyhow::{Context, Result};
 use onde_sys::inet::Inet;
@@ -47,6 +47,15 @@ pub fn bring_up(identity: &Identity) -> Result<()> {
         write_new("/etc/resolv.conf", &format!("nameserver {gateway}\n"))?;
     }
     write_new("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
+}
+
+/// Makes the network of a machine's copy its own: other addresses on the same device.
+pub fn take_over(identity: &Identity) -> Result<()> {
+    let links = Links::open().context("cannot set up the network")?;
+    // Forgets routes and neighbours, too.
+    links.set_up(DEVICE, false).context("cannot bring eth0 down")?;
+    links.set_mac(DEVICE, identity.mac).context("cannot give eth0 its MAC")?;
+    bring_up(identity)
 }
 
 /// Writes a file unless the customer packed one.

@@ -111,6 +111,11 @@ impl Program {
         self.change(|state| state.followers.expect(Instant::now()));
     }
 
+    /// No client that was here comes again.
+    pub fn forget_clients(&self) {
+        self.change(|state| state.followers.clear());
+    }
+
     /// Adds output; waits while the tail is full and someone still needs its oldest bytes.
     pub fn put_output(&self, stream: u8, bytes: &[u8]) {
         let mut state = self.lock();

@@ -4,7 +4,6 @@
 use anyhow::{Context, Result};
 use onde_client::channel::Channel;
 use onde_wire::channel::PORT;
-use onde_wire::key::Key;
 use onde_wire::machine::Identity;
 use onde_wire::token::JobId;
 use std::collections::VecDeque;
@@ -14,6 +13,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::children::{Children, spawn_thread};
+use crate::door::Door;
 use crate::program::Program;
 use crate::session::{Guest, refuse_busy, serve};
 use crate::start::NotStarted;
@@ -26,8 +26,7 @@ const PENDING_MAX: usize = 32;
 /// See the module.
 pub struct Server {
     listener: TcpListener,
-    job: JobId,
-    job_key: Key,
+    door: Arc<Door>,
 }
 
 /// Counts something for as long as it lives.
@@ -94,7 +93,7 @@ impl Server {
 
     /// Serves connections of this listener.
     pub fn on(listener: TcpListener, job: JobId, job_key: &[u8; 32]) -> Self {
-        Self { listener, job, job_key: Key::new(job_key) }
+        Self { listener, door: Door::new(job, job_key) }
     }
 
     /// Serves for ever. Errors: only what makes accepting impossible for good.
@@ -103,7 +102,7 @@ impl Server {
         children: Arc<Children>,
         program: Result<Arc<Program>, NotStarted>,
     ) -> Result<()> {
-        let guest = Arc::new(Guest { children, program });
+        let guest = Arc::new(Guest::new(children, program, self.door.clone()));
         let sessions: Arc<AtomicUsize> = Arc::default();
         let pending = Pending::default();
         for number in 0.. {
@@ -114,10 +113,12 @@ impl Server {
                 Err(error) => return Err(error).context("cannot accept connections"),
             };
             let Ok(stranger) = pending.add(number, &stream) else { continue };
+            let Ok(inside) = self.door.enter(number, &stream) else { continue };
             let (guest, sessions) = (guest.clone(), sessions.clone());
-            let (job, job_key) = (self.job, self.job_key.clone());
+            let (job, job_key) = self.door.key();
             // Without memory for a thread this connection is closed, and the next may find some.
             let _ = spawn_thread("session", move || {
+                let _inside = inside;
                 let Ok(channel) = Channel::accept(stream, &job, &job_key) else { return };
                 // Errors concern nobody but the client at the other end.
                 let _ = match Count::take(&sessions, SESSIONS_MAX) {

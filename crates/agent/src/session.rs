@@ -4,19 +4,27 @@
 
 use onde_client::channel::{Channel, Reader, Writer};
 use onde_client::session::frames::{FrameReader, FrameWriter};
-use onde_wire::session::{AgentFrame, ClientFrame, OUTPUT_MAX, Refusal};
+use onde_wire::session::{AgentFrame, ClientFrame, OUTPUT_MAX, Refusal, Round};
+use onde_wire::stream::Start;
 use rustix::process::Signal;
-use std::io;
-use std::sync::Arc;
+use std::io::{self, Write};
 use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex, TryLockError};
 use std::time::Duration;
 
 use crate::children::{Children, spawn_thread};
+use crate::copied::become_other;
+use crate::door::Door;
+use crate::guest::power_off;
+use crate::machine::{Devices, Machine};
 use crate::program::{Cursor, Joined, Program, Step};
+use crate::snapshot::{self, Failed, Outcome, Sink};
 use crate::start::{NotStarted, start};
 
 /// A client that says nothing after the hellos is dropped.
 const FIRST_FRAME_TIMEOUT: Duration = Duration::from_secs(10);
+/// A client of a snapshot that takes no bytes for so long is gone.
+const SNAPSHOT_TIMEOUT: Duration = Duration::from_secs(60);
 /// The main program waits for its client under the id it draws; nobody else follows what EXEC starts.
 const EXEC_CLIENT: u64 = 1;
 
@@ -25,6 +33,21 @@ pub struct Guest {
     pub children: Arc<Children>,
     /// The main program, or why it did not start.
     pub program: Result<Arc<Program>, NotStarted>,
+    /// Who may have a session.
+    pub door: Arc<Door>,
+    /// Held while a snapshot is taken: the machine can track what is written for one only.
+    snapshot: Mutex<()>,
+}
+
+impl Guest {
+    /// A guest whose main program is started.
+    pub fn new(
+        children: Arc<Children>,
+        program: Result<Arc<Program>, NotStarted>,
+        door: Arc<Door>,
+    ) -> Self {
+        Self { children, program, door, snapshot: Mutex::new(()) }
+    }
 }
 
 /// Why a session is refused or ends.
@@ -48,6 +71,9 @@ pub fn serve<T>(guest: &Guest, channel: Channel, stranger: T) -> io::Result<()> 
     reader.stream().set_timeout(Some(FIRST_FRAME_TIMEOUT))?;
     let frame = reader.client()?;
     drop(stranger);
+    if frame == ClientFrame::Snapshot {
+        return snapshot(guest, &mut writer);
+    }
     let opened = open(guest, frame);
     let session = match opened {
         Ok(session) => session,
@@ -95,7 +121,7 @@ fn open(guest: &Guest, frame: ClientFrame<'_>) -> Result<Session, End> {
             let joined = program.join(EXEC_CLIENT, 0, true);
             Ok(Session { program, joined, is_owner: true })
         }
-        _ => Err(protocol("a session begins with ATTACH or EXEC")),
+        _ => Err(protocol("a session begins with ATTACH, EXEC or SNAPSHOT")),
     }
 }
 
@@ -173,9 +199,78 @@ impl Session {
                 connection?;
                 self.program.end_input();
             }
-            ClientFrame::Attach { .. } | ClientFrame::Exec(_) | ClientFrame::Detach => return None,
+            ClientFrame::Attach { .. }
+            | ClientFrame::Exec(_)
+            | ClientFrame::Detach
+            | ClientFrame::Snapshot => return None,
         }
         Some(())
+    }
+}
+
+/// Copies this machine to a client. In the copy, the machine becomes its own.
+fn snapshot(guest: &Guest, writer: &mut FrameWriter<Writer>) -> io::Result<()> {
+    let Some(_one) = one(&guest.snapshot) else {
+        let text = "another snapshot of this guest is being taken".to_owned();
+        return refuse(writer, &End(Refusal::Busy, text));
+    };
+    writer.stream().set_timeout(Some(SNAPSHOT_TIMEOUT))?;
+    match copy(writer) {
+        Ok((_, Outcome::Source(taken))) => {
+            writer.agent(&AgentFrame::Taken(taken))?;
+            writer.flush()
+        }
+        Ok((mut machine, Outcome::Copy)) => {
+            let identity = machine.identity()?;
+            if let Err(error) = become_other(guest, &identity) {
+                eprintln!("onde-agent: no good copy: {error:#}");
+                power_off();
+            }
+            Ok(())
+        }
+        Err(Failed::Sink(error)) => Err(error),
+        Err(Failed::Machine(text)) => refuse(writer, &End(Refusal::Guest, text)),
+    }
+}
+
+/// The lock, if nobody has it.
+fn one(lock: &Mutex<()>) -> Option<std::sync::MutexGuard<'_, ()>> {
+    match lock.try_lock() {
+        Ok(guard) => Some(guard),
+        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+        Err(TryLockError::WouldBlock) => None,
+    }
+}
+
+fn copy(writer: &mut FrameWriter<Writer>) -> Result<(Devices, Outcome), Failed> {
+    let failed = |error| Failed::Machine(format!("this guest has no control device: {error}"));
+    let mut machine = Devices::open().map_err(failed)?;
+    let identity = machine.identity().map_err(failed)?;
+    let start = Start { job: identity.job, mem_bytes: identity.mem_bytes, vcpus: identity.vcpus };
+    let outcome = snapshot::take(&mut machine, &start, Frames(writer))?;
+    Ok((machine, outcome))
+}
+
+/// A session that takes a checkpoint stream.
+struct Frames<'a>(&'a mut FrameWriter<Writer>);
+
+impl Write for Frames<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let count = bytes.len().min(OUTPUT_MAX);
+        if count > 0 {
+            self.0.agent(&AgentFrame::Stream(&bytes[..count]))?;
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush()
+    }
+}
+
+impl Sink for Frames<'_> {
+    fn round(&mut self, round: Round) -> io::Result<()> {
+        self.0.agent(&AgentFrame::Round(round))
     }
 }
 

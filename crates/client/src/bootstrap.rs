@@ -1,10 +1,10 @@
 //! The way into a new VM: connect to mstrap, upload the loader, send the stream, hear that it was good. `onde`
 //! calls this after BOOT. It waits for mstrap to listen, and never longer than its deadlines.
 
-use crate::channel::{Channel, ChannelError};
+use crate::channel::{Channel, ChannelError, Writer};
 use crate::layout::Layout;
 use crate::node::Handle;
-use crate::stream::{self, Progress};
+use crate::stream::{Progress, write_cold};
 use onde_wire::bootstrap::{REPORT_SIZE, Report, upload_head};
 use onde_wire::channel::PORT;
 use onde_wire::stream::{Start, StreamError};
@@ -94,18 +94,27 @@ pub fn boot(
     layout: &Layout,
     on_progress: impl FnMut(Progress),
 ) -> Result<Progress, BootstrapError> {
+    boot_stream(handle, ipv4, loader, |out| write_cold(out, start, layout, on_progress))
+}
+
+/// Makes a machine of the new VM whose mstrap listens at `ipv4`: the one whose checkpoint stream `write` writes. On
+/// success the guest is about to run.
+pub fn boot_stream<T>(
+    handle: &Handle,
+    ipv4: Ipv4Addr,
+    loader: &[u8],
+    write: impl FnOnce(&mut Writer) -> io::Result<T>,
+) -> Result<T, BootstrapError> {
     let channel = connect(handle, ipv4, LISTEN_TIMEOUT)?;
-    send(channel, loader, start, layout, on_progress)
+    send(channel, loader, write)
 }
 
 /// All that is said to mstrap and the loader.
-fn send(
+fn send<T>(
     mut channel: Channel,
     loader: &[u8],
-    start: &Start,
-    layout: &Layout,
-    on_progress: impl FnMut(Progress),
-) -> Result<Progress, BootstrapError> {
+    write: impl FnOnce(&mut Writer) -> io::Result<T>,
+) -> Result<T, BootstrapError> {
     let timeouts = channel
         .reader
         .set_timeout(Some(IDLE_TIMEOUT))
@@ -113,7 +122,7 @@ fn send(
     timeouts.map_err(|source| BootstrapError::Broken { stage: "at once", source })?;
     let sent = upload(&mut channel, loader);
     expect(&mut channel, sent, Report::LoaderOk, "during the loader's upload")?;
-    let sent = stream::write_cold(&mut channel.writer, start, layout, on_progress);
+    let sent = write(&mut channel.writer);
     expect(&mut channel, sent, Report::StreamOk, "during the stream")
 }
 
@@ -200,7 +209,7 @@ mod tests {
             let channel =
                 Channel::connect(peer, &handle.job, &handle.key, CONNECT_TIMEOUT).unwrap();
             let start = Start { job: handle.job, mem_bytes: 64 << 20, vcpus: 1 };
-            let got = send(channel, &[7; 1000], &start, &layout, |_| {});
+            let got = send(channel, &[7; 1000], |out| write_cold(out, &start, &layout, |_| {}));
             let text = got.map_or_else(|error| error.to_string(), |_| "ok".to_owned());
             assert_eq!(text, expect);
         });

@@ -14,4 +14,5 @@ pub mod kernel;
 pub mod layout;
 pub mod node;
 pub mod session;
+pub mod snapshot;
 pub mod stream;

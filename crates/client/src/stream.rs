@@ -1,9 +1,9 @@
 //! Writes a checkpoint stream: a machine's pieces of memory as records, packed while earlier ones are on
-//! their way. `bootstrap` sends it to a loader; it goes to a file as well. Reads nothing back.
+//! their way. `launch`ers send it to a loader through `bootstrap`, `agent` sends its own machine. `snapshot` reads it back.
 
 use crate::layout::Layout;
 use onde_wire::machine::PAGE_SIZE;
-use onde_wire::stream::{CHUNK_MAX, Head, Kind, Sender, Start};
+use onde_wire::stream::{CHUNK_MAX, HEAD_SIZE, Head, Kind, Sender, Start};
 use std::io::{self, Write};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
@@ -27,6 +27,58 @@ struct Record {
     payload: Vec<u8>,
 }
 
+/// A stream under way to `out`: START is written, memory comes, then [`Self::machine`] ends it.
+pub struct StreamWriter<W> {
+    out: W,
+    sender: Sender,
+    sent: u64,
+}
+
+impl<W: Write> StreamWriter<W> {
+    /// Begins a stream for this machine.
+    pub fn start(out: W, start: &Start) -> io::Result<Self> {
+        let mut stream = Self { out, sender: Sender::default(), sent: 0 };
+        stream.put(&plain(Kind::Start, start.emit().to_vec()))?;
+        Ok(stream)
+    }
+
+    /// Where it goes.
+    pub fn out(&mut self) -> &mut W {
+        &mut self.out
+    }
+
+    /// Bytes written so far.
+    pub fn sent(&self) -> u64 {
+        self.sent
+    }
+
+    /// Writes memory from `address` on, whole pages, packed.
+    pub fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        runs(address, bytes).try_for_each(|(address, run)| self.put(&memory(address, run)))
+    }
+
+    /// Writes a record as it is.
+    pub fn record(&mut self, head: &Head, payload: &[u8]) -> io::Result<()> {
+        self.out.write_all(&self.sender.record(head, payload))?;
+        self.out.write_all(payload)?;
+        self.sent += (HEAD_SIZE + payload.len()) as u64;
+        Ok(())
+    }
+
+    fn put(&mut self, record: &Record) -> io::Result<()> {
+        self.record(&record.head, &record.payload)
+    }
+
+    /// Writes the machine state and the digest, and flushes. Returns where it went, and the bytes of the stream.
+    pub fn machine(mut self, state: &[u8]) -> io::Result<(W, u64)> {
+        self.put(&plain(Kind::Machine, state.to_vec()))?;
+        let end = self.sender.end();
+        self.out.write_all(&end)?;
+        self.out.flush()?;
+        Ok((self.out, self.sent + end.len() as u64))
+    }
+}
+
 /// Writes the stream of a cold machine to `out` and flushes it. `on_progress` sees every record go.
 pub fn write_cold(
     out: &mut impl Write,
@@ -35,27 +87,20 @@ pub fn write_cold(
     mut on_progress: impl FnMut(Progress),
 ) -> io::Result<Progress> {
     let mut progress = Progress { mem_total: layout.size(), ..Progress::default() };
-    let mut sender = Sender::default();
-    let mut send = |record: Record| -> io::Result<()> {
-        out.write_all(&sender.record(&record.head, &record.payload))?;
-        out.write_all(&record.payload)?;
-        progress.mem_done += record.head.mem_size;
-        progress.sent += (onde_wire::stream::HEAD_SIZE + record.payload.len()) as u64;
-        on_progress(progress);
-        Ok(())
-    };
-    send(plain(Kind::Start, start.emit().to_vec()))?;
+    let mut stream = StreamWriter::start(out, start)?;
     std::thread::scope(|scope| {
         let (packer, packed) = sync_channel(QUEUE);
         scope.spawn(move || pack(layout, &packer));
         // Where sending fails, the queue closes and the packer ends.
-        packed.into_iter().try_for_each(&mut send)
+        packed.into_iter().try_for_each(|record| {
+            stream.put(&record)?;
+            progress.mem_done += record.head.mem_size;
+            progress.sent = stream.sent();
+            on_progress(progress);
+            Ok::<_, io::Error>(())
+        })
     })?;
-    send(plain(Kind::Machine, layout.start.emit().to_vec()))?;
-    let end = sender.end();
-    out.write_all(&end)?;
-    out.flush()?;
-    progress.sent += end.len() as u64;
+    progress.sent = stream.machine(&layout.start.emit())?.1;
     Ok(progress)
 }
 
@@ -116,7 +161,7 @@ mod tests {
     use super::*;
     use crate::layout::Piece;
     use onde_wire::machine::ColdStart;
-    use onde_wire::stream::{Checker, HEAD_SIZE};
+    use onde_wire::stream::Checker;
 
     const START: Start = Start { job: [9; 16], mem_bytes: 64 << 20, vcpus: 1 };
 

@@ -31,8 +31,25 @@ pub enum Command {
     /// The exit status is the program's; 125 if onde itself fails. INT, TERM and HUP go to the program; a
     /// second INT within two seconds stops the VM. Whatever ends it, unused tokens come back.
     Run(Run),
-    /// Boot a kernel of your own in a virtual machine
+    /// Boot a kernel of your own in a virtual machine, or wake up what a snapshot holds
+    ///
+    /// With --from, the VM goes on where its snapshot was taken, with the snapshot's memory size and processors, but
+    /// with addresses, a name and random numbers of its own. One file wakes up any number of times.
     Boot(Boot),
+    /// Copy a job's running VM into a file
+    ///
+    /// The VM goes on; it stands still for a moment only. `onde boot --from FILE` makes VMs of the file. The file holds all
+    /// of the VM's memory, secrets and all.
+    Snapshot {
+        #[command(flatten)]
+        job: JobName,
+        /// The file
+        #[arg(short, long, value_name = "FILE")]
+        output: PathBuf,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// List jobs
     Ps {
         /// Settled jobs, too
@@ -190,8 +207,8 @@ pub struct Boot {
     #[command(flatten)]
     pub order: Order,
     /// The kernel: bzImage, or ELF file with or without a PVH note
-    #[arg(long, value_name = "FILE")]
-    pub kernel: PathBuf,
+    #[arg(long, value_name = "FILE", required_unless_present = "from")]
+    pub kernel: Option<PathBuf>,
     /// The initramfs
     #[arg(long, value_name = "FILE")]
     pub initrd: Option<PathBuf>,
@@ -201,6 +218,13 @@ pub struct Boot {
     /// Follow the console until the VM ends, then settle
     #[arg(long)]
     pub follow: bool,
+    /// Go on where this snapshot was taken
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "follow", "memory", "vcpus"])]
+    pub from: Option<PathBuf>,
+    /// Number of VMs to make of the snapshot; each has the budget to itself
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1, conflicts_with = "kernel")]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub count: u16,
 }
 
 #[derive(Debug, Subcommand)]
@@ -312,6 +336,13 @@ mod tests {
         check("onde run -d -t -- sh", false);
         check("onde boot --kernel vmlinuz --initrd i --cmdline quiet", true);
         check("onde boot", false);
+        check("onde boot --from f -n 3 --budget 9", true);
+        check("onde boot --from f -n 0", false);
+        check("onde boot --from f --kernel k", false);
+        check("onde boot --from f --memory 512", false);
+        check("onde boot --kernel k -n 2", false);
+        check("onde snapshot a1 -o f --json", true);
+        check("onde snapshot a1", false);
         check("onde exec a1 -- ps -e", true);
         check("onde exec a1", false);
         check("onde pay a1 10", true);

@@ -12,6 +12,8 @@ mod node;
 mod ps;
 mod run;
 mod session;
+mod snapshot;
+mod wake;
 
 use anyhow::Result;
 use serde::Serialize;
@@ -34,7 +36,13 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             eprintln!("{}", crate::failure::lines(&error));
             ExitCode::from(FAILED)
         })),
-        Command::Boot(boot) => boot::run(context, &boot, &report),
+        Command::Boot(boot) => match &boot.from {
+            Some(file) => wake::run(context, file, boot.count, &boot.order, &report),
+            None => boot::run(context, &boot, &report),
+        },
+        Command::Snapshot { job, output, json } => {
+            done(snapshot::run(&job.job, &output, json, &report))
+        }
         Command::Ps { all, json } => done(ps::run(context, all, json)),
         Command::Status { job, json } => done(job::status(&job.job, json)),
         Command::Console { job, follow } => done(console::run(&job.job, follow)),

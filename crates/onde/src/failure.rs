@@ -7,6 +7,7 @@ use onde_client::echo::EchoError;
 use onde_client::job::JobsError;
 use onde_client::layout::LayoutError;
 use onde_client::node::NodeError;
+use onde_client::snapshot::FileError;
 use std::fmt;
 use std::io::ErrorKind;
 
@@ -70,6 +71,7 @@ fn hint<'a>(cause: &'a (dyn std::error::Error + 'static)) -> Option<&'a str> {
         .and_then(EchoError::hint)
         .or_else(|| cause.downcast_ref::<BootstrapError>().and_then(BootstrapError::hint))
         .or_else(|| cause.downcast_ref::<JobsError>().and_then(JobsError::hint))
+        .or_else(|| cause.downcast_ref::<FileError>().and_then(FileError::hint))
 }
 
 /// Whether the reader of our output went away, as `head` does: no failure to speak of.

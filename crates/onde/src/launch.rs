@@ -1,17 +1,21 @@
-//! From an order to a running VM: buy, show the boot token, upload the loader, send the stream. `run` and `boot`
-//! use it. Everything that can fail without money comes first; whatever fails after the purchase, or a signal
+//! From an order to a running VM: buy, show the boot token, upload the loader, send the stream. `run`, `boot` and
+//! `wake` use it. Everything that can fail without money comes first; whatever fails after the purchase, or a signal
 //! that ends it, gives the VM back.
 
 use anyhow::{Context, Result};
 use onde_client::api::{Hex, JobOpened, JobRequest, NodeChoice};
+use onde_client::bootstrap;
 use onde_client::broker::{Broker, BrokerError, new_key};
+use onde_client::channel::Writer;
 use onde_client::echo::Echo;
 use onde_client::job::Job;
 use onde_client::layout::{self, Layout};
-use onde_client::{bootstrap, stream};
+use onde_client::snapshot::SnapshotFile;
+use onde_client::stream::{Progress, write_cold};
 use onde_wire::key::sha256;
 use onde_wire::stream::Start;
 use onde_wire::token::BootToken;
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -33,12 +37,46 @@ const ROOM_PERIOD: Duration = Duration::from_millis(500);
 
 /// What is booted.
 pub struct Machine<'a> {
-    pub kernel: &'a [u8],
-    pub initrd: &'a [u8],
-    pub cmdline: &'a str,
+    pub content: Content<'a>,
     /// What it runs, for people.
     pub title: String,
     pub has_agent: bool,
+}
+
+/// What its memory holds.
+pub enum Content<'a> {
+    /// A kernel that is about to start.
+    Cold { kernel: &'a [u8], initrd: &'a [u8], cmdline: &'a str },
+    /// A machine of the order's shape as it once was.
+    Saved(&'a SnapshotFile),
+}
+
+/// What is sent.
+enum Load<'a> {
+    Cold(Layout),
+    Saved(&'a SnapshotFile),
+}
+
+impl Load<'_> {
+    /// Bytes of memory.
+    fn size(&self) -> u64 {
+        match self {
+            Load::Cold(layout) => layout.size(),
+            Load::Saved(file) => file.mem_total(),
+        }
+    }
+
+    fn write(
+        &self,
+        out: &mut Writer,
+        start: &Start,
+        on_progress: impl FnMut(Progress),
+    ) -> io::Result<Progress> {
+        match self {
+            Load::Cold(layout) => write_cold(out, start, layout, on_progress),
+            Load::Saved(file) => file.write(out, start, on_progress),
+        }
+    }
 }
 
 /// Makes a VM of `machine`; when this returns, its guest is about to run.
@@ -50,7 +88,12 @@ pub fn launch(
     report: &Report,
 ) -> Result<Job> {
     let mem_bytes = u64::from(order.memory) << 20;
-    let layout = layout::cold(machine.kernel, machine.initrd, machine.cmdline, mem_bytes)?;
+    let load = match machine.content {
+        Content::Cold { kernel, initrd, cmdline } => {
+            Load::Cold(layout::cold(kernel, initrd, cmdline, mem_bytes)?)
+        }
+        Content::Saved(file) => Load::Saved(file),
+    };
     let loader = loader()?;
     let echo = Echo::open()?;
     let (first, budget) = payment(order);
@@ -70,7 +113,7 @@ pub fn launch(
     job.name = order.name.clone();
     job.has_agent = machine.has_agent;
     keep(cluster, &job, interrupt, report)?;
-    let started = start(&opened, &job, echo, &loader, &layout, report);
+    let started = start(&opened, &job, echo, &loader, &load, report);
     started.map(|()| job.clone()).inspect_err(|_| {
         interrupt.leave("the VM may still run, and its change was not collected");
         settle::tell(cluster, &job, report);
@@ -119,7 +162,7 @@ fn start(
     job: &Job,
     mut echo: Echo,
     loader: &[u8],
-    layout: &Layout,
+    load: &Load<'_>,
     report: &Report,
 ) -> Result<()> {
     let handle = job.handle();
@@ -129,9 +172,11 @@ fn start(
     report.line(&format!("job {} on node {}, {} MiB", job.short_id(), job.node, job.mem_mib));
     let shape =
         Start { job: job.id.0, mem_bytes: u64::from(job.mem_mib) << 20, vcpus: job.vcpus.into() };
-    let bar = report.upload(layout.size());
-    let on_progress = |progress: stream::Progress| bar.at(progress.mem_done);
-    let sent = bootstrap::boot(&handle, booted.ipv4.into(), loader, &shape, layout, on_progress)?;
+    let bar = report.upload(load.size());
+    let on_progress = |progress: Progress| bar.at(progress.mem_done);
+    let sent = bootstrap::boot_stream(&handle, booted.ipv4.into(), loader, |out| {
+        load.write(out, &shape, on_progress)
+    })?;
     bar.done(sent.sent);
     Ok(())
 }

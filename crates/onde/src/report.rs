@@ -44,6 +44,42 @@ impl Report {
     }
 }
 
+impl Report {
+    /// What goes on, in words that change, while a snapshot is taken.
+    pub fn spinner(&self) -> Spinner {
+        let is_shown = !self.quiet && std::io::stderr().is_terminal();
+        let bar = is_shown.then(|| {
+            let bar = ProgressBar::new_spinner();
+            if let Ok(style) = ProgressStyle::with_template("onde: {msg}") {
+                bar.set_style(style);
+            }
+            bar
+        });
+        Spinner(bar)
+    }
+}
+
+/// Words on a terminal that change, and are gone at the end.
+pub struct Spinner(Option<ProgressBar>);
+
+impl Spinner {
+    /// What goes on now.
+    pub fn say(&self, text: impl FnOnce() -> String) {
+        if let Some(bar) = &self.0 {
+            bar.set_message(text());
+            bar.tick();
+        }
+    }
+}
+
+impl Drop for Spinner {
+    fn drop(&mut self) {
+        if let Some(bar) = &self.0 {
+            bar.finish_and_clear();
+        }
+    }
+}
+
 /// Memory on its way.
 pub struct Upload {
     bar: Option<ProgressBar>,

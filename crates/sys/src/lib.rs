@@ -13,6 +13,7 @@ pub mod link;
 pub mod mounts;
 pub mod packet;
 pub mod physical;
+pub mod random;
 pub mod seccomp;
 pub mod signals;
 pub mod spawn;

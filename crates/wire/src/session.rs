@@ -5,11 +5,14 @@
 //!  frame   kind u8 | payload size u32 | payload             one frame is at most one record
 //!  client  ATTACH or EXEC, then STDIN, STDIN_EOF, SIGNAL, WINDOW, ACK in any order, at last DETACH
 //!  agent   STARTED or ERROR, then OUTPUT and ACCEPTED, at last EXITED
+//!  client  SNAPSHOT, and nothing more
+//!  agent   STREAM and ROUND, at last TAKEN; or ERROR
 //! ```
 //! Output and input are numbered by byte, so that a client that lost its connection goes on where
 //! it was: OUTPUT's offset counts both streams of the program from its start, STDIN's offset counts what
 //! this client (its id is in ATTACH) ever sent. Neither end keeps more than [`INPUT_MAX`] of input
-//! in flight. A program's description in EXEC is also the file that tells the agent what to start.
+//! in flight. A program's description in EXEC is also the file that tells the agent what to start. The bytes of all
+//! STREAM frames, one after the other, are a checkpoint stream ([`crate::stream`]) of the guest itself.
 
 use crate::bytes::{Reader, Writer};
 use crate::channel::RECORD_MAX;
@@ -150,6 +153,26 @@ pub enum ClientFrame<'a> {
     Ack(u64),
     /// The session ends on purpose: nothing waits for this client any more.
     Detach,
+    /// First frame: copy the whole running machine into this session.
+    Snapshot,
+}
+
+/// A round of a snapshot: memory that was written meanwhile is sent again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Round {
+    /// Number of the round; 0 is all memory, the last comes from the frozen machine.
+    pub number: u32,
+    /// Pages that it looks at.
+    pub pages: u64,
+}
+
+/// What a snapshot was.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Taken {
+    /// How long the guest stood still, microseconds by its own clock.
+    pub pause_us: u64,
+    /// Pages that were saved while it stood still.
+    pub frozen_pages: u64,
 }
 
 /// How a program ended.
@@ -233,6 +256,12 @@ pub enum AgentFrame<'a> {
         /// More words, UTF-8, at most [`ERROR_TEXT_MAX`].
         text: &'a str,
     },
+    /// Bytes of the checkpoint stream, at most [`OUTPUT_MAX`].
+    Stream(&'a [u8]),
+    /// A round of the snapshot begins.
+    Round(Round),
+    /// The checkpoint stream is complete.
+    Taken(Taken),
 }
 
 const ATTACH: u8 = 1;
@@ -243,11 +272,15 @@ const SIGNAL: u8 = 5;
 const WINDOW: u8 = 6;
 const ACK: u8 = 7;
 const DETACH: u8 = 8;
+const SNAPSHOT: u8 = 9;
 const STARTED: u8 = 16;
 const OUTPUT: u8 = 17;
 const ACCEPTED: u8 = 18;
 const EXITED: u8 = 19;
 const ERROR: u8 = 20;
+const STREAM: u8 = 21;
+const ROUND: u8 = 22;
+const TAKEN: u8 = 23;
 
 /// Kind and payload size that a frame's head announces; `None` above [`PAYLOAD_MAX`].
 pub fn head(bytes: &[u8; HEAD_SIZE]) -> Option<(u8, usize)> {
@@ -298,6 +331,7 @@ impl<'a> ClientFrame<'a> {
             }
             Ack(offset) => frame(out, ACK, &[&offset.to_le_bytes()]),
             Detach => frame(out, DETACH, &[]),
+            Snapshot => frame(out, SNAPSHOT, &[]),
         }
     }
 
@@ -321,6 +355,7 @@ impl<'a> ClientFrame<'a> {
             WINDOW => ClientFrame::Window(Window { rows: r.u16()?, columns: r.u16()? }),
             ACK => ClientFrame::Ack(r.u64()?),
             DETACH => ClientFrame::Detach,
+            SNAPSHOT => ClientFrame::Snapshot,
             _ => return None,
         };
         r.rest().is_empty().then_some(frame)
@@ -345,6 +380,14 @@ impl<'a> AgentFrame<'a> {
             Error { refusal, text } => {
                 let text = cut(text, ERROR_TEXT_MAX);
                 frame(out, ERROR, &[&(refusal as u16).to_le_bytes(), text.as_bytes()])
+            }
+            Stream(bytes) => frame(out, STREAM, &[bytes]),
+            AgentFrame::Round(round) => {
+                frame(out, ROUND, &[&round.number.to_le_bytes(), &round.pages.to_le_bytes()])
+            }
+            AgentFrame::Taken(taken) => {
+                let fields = [taken.pause_us, taken.frozen_pages].map(u64::to_le_bytes);
+                frame(out, TAKEN, &[fields.as_flattened()])
             }
         }
     }
@@ -373,6 +416,14 @@ impl<'a> AgentFrame<'a> {
                 let text = core::str::from_utf8(text).ok().filter(|t| t.len() <= ERROR_TEXT_MAX)?;
                 return Some(AgentFrame::Error { refusal, text });
             }
+            STREAM => {
+                let bytes = r.rest();
+                return (1..=OUTPUT_MAX)
+                    .contains(&bytes.len())
+                    .then_some(AgentFrame::Stream(bytes));
+            }
+            ROUND => AgentFrame::Round(Round { number: r.u32()?, pages: r.u64()? }),
+            TAKEN => AgentFrame::Taken(Taken { pause_us: r.u64()?, frozen_pages: r.u64()? }),
             _ => return None,
         };
         r.rest().is_empty().then_some(frame)
@@ -434,6 +485,7 @@ mod tests {
         check_client(ClientFrame::Window(window), b"\x06\x04\0\0\0\x19\0\x50\0");
         check_client(Ack(258), b"\x07\x08\0\0\0\x02\x01\0\0\0\0\0\0");
         check_client(Detach, b"\x08\0\0\0\0");
+        check_client(Snapshot, b"\x09\0\0\0\0");
     }
 
     #[test]
@@ -448,6 +500,12 @@ mod tests {
         check_agent(Exited(Exit::Status(3)), b"\x13\x02\0\0\0\0\x03");
         check_agent(Exited(Exit::Signal(9)), b"\x13\x02\0\0\0\x01\x09");
         check_agent(Error { refusal: Refusal::NotFound, text: "ls" }, b"\x14\x04\0\0\0\x02\0ls");
+        check_agent(Stream(b"ok"), b"\x15\x02\0\0\0ok");
+        let round = super::Round { number: 1, pages: 2 };
+        check_agent(AgentFrame::Round(round), b"\x16\x0C\0\0\0\x01\0\0\0\x02\0\0\0\0\0\0\0");
+        let taken = super::Taken { pause_us: 3, frozen_pages: 4 };
+        let golden = b"\x17\x10\0\0\0\x03\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0";
+        check_agent(AgentFrame::Taken(taken), golden);
     }
 
     #[test]

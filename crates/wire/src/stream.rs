@@ -186,6 +186,10 @@ impl Checker {
                 return Err(StreamError::TooLarge);
             }
             (Phase::Memory, Kind::Machine) => {}
+            // Not in the digest, so nothing else is taken for it.
+            (Phase::End, Kind::End) if (head.address, head.mem_size) != (0, 0) => {
+                return Err(StreamError::Malformed);
+            }
             (Phase::End, Kind::End) => exact(&head, 32)?,
             _ => return Err(StreamError::OutOfOrder),
         }

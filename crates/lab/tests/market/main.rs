@@ -6,6 +6,7 @@
 
 mod failures;
 mod programs;
+mod snapshots;
 mod tokens;
 mod world;
 
@@ -17,12 +18,13 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 19] = [
+const CASES: [Case; 20] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
     ("own_kernel_boots_pays_stops_and_gives_change", programs::own_kernel),
     ("smp_guest_sees_its_processors", programs::processors),
+    ("snapshot_wakes_up_twice", snapshots::wakes_up_twice),
     ("node_is_as_before", programs::node_is_as_before),
     ("wrong_boot_token_is_not_answered", tokens::wrong),
     ("boot_token_of_another_node_is_not_answered", tokens::other_node),

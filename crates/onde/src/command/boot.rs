@@ -13,20 +13,19 @@ use super::{console, home, print};
 use crate::cli::Boot;
 use crate::cluster::Cluster;
 use crate::interrupt::Interrupt;
-use crate::launch::{Machine, launch};
+use crate::launch::{Content, Machine, launch};
 use crate::report::Report;
 use crate::{payer, settle};
 
 pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCode> {
     let cluster = Arc::new(Cluster::open(context)?);
-    let kernel = read(&boot.kernel)?;
+    let kernel_file = boot.kernel.as_deref().context("no kernel")?;
+    let kernel = read(kernel_file)?;
     let initrd = boot.initrd.as_deref().map_or(Ok(Vec::new()), read)?;
     let interrupt = Interrupt::watch()?;
     let machine = Machine {
-        kernel: &kernel,
-        initrd: &initrd,
-        cmdline: &boot.cmdline,
-        title: boot.kernel.display().to_string(),
+        content: Content::Cold { kernel: &kernel, initrd: &initrd, cmdline: &boot.cmdline },
+        title: kernel_file.display().to_string(),
         has_agent: false,
     };
     let job = launch(&cluster, &boot.order, &machine, &interrupt, report)?;

@@ -18,7 +18,7 @@ use crate::cli::Run;
 use crate::cluster::Cluster;
 use crate::failure::hinted;
 use crate::interrupt::Interrupt;
-use crate::launch::{Machine, launch};
+use crate::launch::{Content, Machine, launch};
 use crate::payer::Outcome;
 use crate::report::Report;
 use crate::{pack, payer, settle, terminal};
@@ -41,9 +41,7 @@ pub fn run(context: Option<&str>, run: &Run, report: &Report) -> Result<ExitCode
     let interrupt = Interrupt::watch()?;
     let title: Vec<_> = run.command.iter().map(|word| word.to_string_lossy()).collect();
     let machine = Machine {
-        kernel: &vmlinux,
-        initrd: &initrd,
-        cmdline: CMDLINE,
+        content: Content::Cold { kernel: &vmlinux, initrd: &initrd, cmdline: CMDLINE },
         title: title.join(" "),
         has_agent: true,
     };

@@ -53,7 +53,7 @@ pub fn list<'a>(strings: impl IntoIterator<Item = &'a [u8]>) -> Vec<u8> {
 }
 
 /// A running job with an agent in it.
-fn open(name: &str) -> Result<(Cluster, Job)> {
+pub fn open(name: &str) -> Result<(Cluster, Job)> {
     let (cluster, job) = Cluster::open_for(name)?;
     if job.settled.is_some() {
         return Err(hinted(format!("job {} is over", job.short_id()), "onde ps lists open ones"));

@@ -1,0 +1,275 @@
+//! Copies the whole running machine into a checkpoint stream: all memory, then, round by round, what was written
+//! meanwhile, and at last, from the instant at which the VMM froze it, the rest and the machine state. The guest
+//! goes on all the time but for that instant, and whatever fails leaves it as it was.
+//!
+//! ```text
+//!  TRACK -> all memory -> HARVEST -> what was written -> ... -> FREEZE -> the rest, the state
+//!               ^ written again later: sent again later, and the later record wins
+//! ```
+//! FREEZE returns twice, as fork() does: here, and in every machine that is made of the stream.
+
+use onde_client::stream::StreamWriter;
+use onde_wire::machine::control::{
+    REG_ABORT, REG_FREEZE, REG_HARVEST, REG_TRACK, RESULT_OK, RESULT_TOO_MANY, ROLE_FORKED,
+};
+use onde_wire::machine::{
+    BITMAP_START, FROZEN_PAGES_MAX, FROZEN_START, Frozen, MIRROR_START, PAGE_SIZE, RAM_HIGH_START,
+    RAM_LOW_END,
+};
+use onde_wire::session::{Round, Taken};
+use onde_wire::stream::{CHUNK_MAX, Start, in_ram};
+use std::io::{self, Write};
+use std::ops::Range;
+use std::time::Instant;
+
+use crate::machine::Machine;
+
+/// Few enough pages to stand still for: 4 MiB are saved in some milliseconds.
+const FEW: u64 = 1024;
+/// Pages that are frozen if rounds do not get smaller: FREEZE takes a third more.
+const MANY: u64 = FROZEN_PAGES_MAX / 4 * 3;
+/// Rounds without progress before that is accepted.
+const PATIENCE: u32 = 3;
+/// Rounds in all: with a quarter less in each, the largest machine is down to few long before.
+const ROUNDS_MAX: u32 = 64;
+const PAGES_MAX: u64 = CHUNK_MAX as u64 / PAGE_SIZE;
+
+/// Where a copy goes.
+pub trait Sink: Write {
+    /// Says that a round begins.
+    fn round(&mut self, round: Round) -> io::Result<()>;
+}
+
+/// In which machine [`take`] returned.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// In the one that was copied; the stream is complete.
+    Source(Taken),
+    /// In the copy. The stream is the source's business.
+    Copy,
+}
+
+/// Why there is no copy.
+#[derive(Debug)]
+pub enum Failed {
+    /// Whoever it was for is gone.
+    Sink(io::Error),
+    /// The machine, in words.
+    Machine(String),
+}
+
+impl From<io::Error> for Failed {
+    fn from(error: io::Error) -> Self {
+        Failed::Sink(error)
+    }
+}
+
+fn machine_failed(error: io::Error) -> Failed {
+    Failed::Machine(format!("the guest cannot read its own memory: {error}"))
+}
+
+/// Copies `machine`, which is `start`, to `sink`.
+pub fn take<M: Machine>(
+    machine: &mut M,
+    start: &Start,
+    sink: impl Sink,
+) -> Result<Outcome, Failed> {
+    let stream = StreamWriter::start(sink, start)?;
+    match machine.command(REG_TRACK, 1) {
+        RESULT_OK => {}
+        result => return Err(refused("track its memory", result)),
+    }
+    let mut copy = Copy { machine, stream, start, buffer: Vec::new(), round: 0 };
+    let result = copy.all().and_then(|()| copy.until_few()).and_then(|()| copy.freeze());
+    let Copy { machine, stream, .. } = copy;
+    // Nothing to be done about a machine that refuses this.
+    machine.command(REG_TRACK, 0);
+    match result? {
+        None => Ok(Outcome::Copy),
+        Some((state, taken)) => {
+            stream.machine(&state)?;
+            Ok(Outcome::Source(taken))
+        }
+    }
+}
+
+fn refused(what: &str, result: u32) -> Failed {
+    Failed::Machine(format!("this guest's VMM does not {what} (result {result})"))
+}
+
+/// A copy under way.
+struct Copy<'a, M, S> {
+    machine: &'a mut M,
+    stream: StreamWriter<S>,
+    start: &'a Start,
+    buffer: Vec<u8>,
+    round: u32,
+}
+
+impl<M: Machine, S: Sink> Copy<'_, M, S> {
+    fn begin_round(&mut self, pages: u64) -> Result<(), Failed> {
+        let round = Round { number: self.round, pages };
+        self.round += 1;
+        Ok(self.stream.out().round(round)?)
+    }
+
+    /// Sends all memory but what is free: if it is taken later, it is written then.
+    fn all(&mut self) -> Result<(), Failed> {
+        let pages = self.start.mem_bytes / PAGE_SIZE;
+        self.begin_round(pages)?;
+        let mut are_free = [false; PAGES_MAX as usize];
+        for first in (0..pages).step_by(PAGES_MAX as usize) {
+            let chunk = first..pages.min(first + PAGES_MAX);
+            let are_free = &mut are_free[..(chunk.end - first) as usize];
+            self.machine.are_free(address(first) / PAGE_SIZE, are_free);
+            let used = chunk.zip(are_free).filter(|(_, is_free)| !**is_free).map(|(page, _)| page);
+            for run in runs(used) {
+                self.send(run)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Sends pages, counted as in the bitmap, as they are now.
+    fn send(&mut self, run: Range<u64>) -> Result<(), Failed> {
+        let at = address(run.start);
+        self.buffer.resize(((run.end - run.start) * PAGE_SIZE) as usize, 0);
+        self.machine.read(MIRROR_START + at, &mut self.buffer).map_err(machine_failed)?;
+        Ok(self.stream.memory(at, &self.buffer)?)
+    }
+
+    /// Sends what was written until that is little enough to freeze.
+    fn until_few(&mut self) -> Result<(), Failed> {
+        let (mut least, mut stuck) = (u64::MAX, 0);
+        while self.round < ROUNDS_MAX {
+            let pages = self.again()?;
+            // Less by a quarter is progress.
+            stuck = if pages < least / 4 * 3 { 0 } else { stuck + 1 };
+            least = least.min(pages);
+            if pages <= FEW || (stuck >= PATIENCE && pages <= MANY) {
+                return Ok(());
+            }
+            if stuck >= 2 * PATIENCE {
+                break;
+            }
+        }
+        Err(self.too_busy(least))
+    }
+
+    fn too_busy(&self, pages: u64) -> Failed {
+        let mib = pages.saturating_mul(PAGE_SIZE) >> 20;
+        Failed::Machine(format!(
+            "the guest writes its memory faster than it can be copied: {mib} MiB and more in each of {} rounds",
+            self.round
+        ))
+    }
+
+    /// A round: sends what was written since the one before; how many pages that was.
+    fn again(&mut self) -> Result<u64, Failed> {
+        match self.machine.command(REG_HARVEST, 1) {
+            RESULT_OK => {}
+            result => return Err(refused("say what was written", result)),
+        }
+        let pages = self.start.mem_bytes / PAGE_SIZE;
+        let mut bitmap = vec![0; pages.div_ceil(64) as usize * 8];
+        self.machine.read(BITMAP_START, &mut bitmap).map_err(machine_failed)?;
+        let is_set = |page: &u64| bitmap[(page / 8) as usize] >> (page % 8) & 1 == 1;
+        let count = (0..pages).filter(is_set).count() as u64;
+        self.begin_round(count)?;
+        for run in runs((0..pages).filter(is_set)) {
+            self.send(run)?;
+        }
+        Ok(count)
+    }
+
+    /// Stops the machine for an instant, and sends what is left of it. The state is returned; `None` in the copy.
+    fn freeze(&mut self) -> Result<Option<(Vec<u8>, Taken)>, Failed> {
+        // Mapped now, and not while the network stands still.
+        self.machine.read(FROZEN_START, &mut [0; 8]).map_err(machine_failed)?;
+        while self.round < ROUNDS_MAX {
+            let begun = Instant::now();
+            let result = self.machine.command(REG_FREEZE, ROLE_FORKED);
+            let pause_us = begun.elapsed().as_micros() as u64;
+            // A copy of a copy has its source's role too; only the job tells them apart.
+            let identity = self.machine.identity().map_err(machine_failed);
+            if identity.as_ref().is_ok_and(|identity| identity.job != self.start.job) {
+                return Ok(None);
+            }
+            match result {
+                RESULT_OK => {
+                    let saved = self.saved();
+                    self.machine.command(REG_ABORT, 1);
+                    identity?;
+                    return self.finish(saved?, pause_us).map(Some);
+                }
+                RESULT_TOO_MANY => drop(self.again()?),
+                result => return Err(refused("freeze", result)),
+            }
+        }
+        Err(self.too_busy(FROZEN_PAGES_MAX))
+    }
+
+    /// What FREEZE saved.
+    fn saved(&mut self) -> Result<Saved, Failed> {
+        let malformed = || Failed::Machine("this guest's VMM saved what makes no sense".to_owned());
+        let mut head = [0; Frozen::SIZE];
+        self.machine.read(FROZEN_START, &mut head).map_err(machine_failed)?;
+        let frozen = Frozen::parse(&head).ok_or_else(malformed)?;
+        let mut read = |offset, size| {
+            let mut bytes = vec![0; size as usize];
+            let read = self.machine.read(FROZEN_START + offset, &mut bytes);
+            read.map(|()| bytes).map_err(machine_failed)
+        };
+        let state = read(frozen.state_at(), frozen.state_size)?;
+        let list = read(frozen.addresses_at(), 8 * frozen.page_count)?;
+        let pages = read(frozen.pages_at(), PAGE_SIZE * frozen.page_count)?;
+        let addresses: Vec<_> =
+            list.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
+        let are_good = addresses.iter().all(|&address| {
+            address.is_multiple_of(PAGE_SIZE) && in_ram(self.start.mem_bytes, address, PAGE_SIZE)
+        });
+        if are_good { Ok(Saved { state, addresses, pages }) } else { Err(malformed()) }
+    }
+
+    fn finish(&mut self, saved: Saved, pause_us: u64) -> Result<(Vec<u8>, Taken), Failed> {
+        let Saved { state, addresses, pages } = saved;
+        let frozen_pages = addresses.len() as u64;
+        self.begin_round(frozen_pages)?;
+        for (address, page) in addresses.into_iter().zip(pages.chunks(PAGE_SIZE as usize)) {
+            self.stream.memory(address, page)?;
+        }
+        Ok((state, Taken { pause_us, frozen_pages }))
+    }
+}
+
+/// What FREEZE saved: the rest of the machine.
+struct Saved {
+    state: Vec<u8>,
+    addresses: Vec<u64>,
+    pages: Vec<u8>,
+}
+
+/// Address of a page counted as in the bitmap: low RAM, then high.
+fn address(page: u64) -> u64 {
+    let address = page * PAGE_SIZE;
+    if address < RAM_LOW_END { address } else { address - RAM_LOW_END + RAM_HIGH_START }
+}
+
+/// Pages in rising order as runs, none across the hole in RAM and none longer than a record takes.
+fn runs(pages: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> {
+    let mut pages = pages.peekable();
+    std::iter::from_fn(move || {
+        let start = pages.next()?;
+        let mut run = start..start + 1;
+        let goes_on = |run: &Range<u64>, page: u64| {
+            page == run.end && run.end - run.start < PAGES_MAX && page * PAGE_SIZE != RAM_LOW_END
+        };
+        while pages.next_if(|&page| goes_on(&run, page)).is_some() {
+            run.end += 1;
+        }
+        Some(run)
+    })
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,311 @@
+//! Copies of a machine that goes on writing: what the stream restores is its memory at the instant of FREEZE, byte for
+//! byte. The machine is a vector, its writes come from a seed.
+
+use super::*;
+use onde_wire::machine::control::ROLE_SOURCE;
+use onde_wire::machine::{COLD_SIZE, Identity};
+use onde_wire::stream::{Checker, HEAD_SIZE, Kind};
+use std::collections::BTreeSet;
+
+const PAGES: u64 = 600;
+const START: Start = Start { job: [1; 16], mem_bytes: PAGES * PAGE_SIZE, vcpus: 1 };
+const STATE: [u8; COLD_SIZE] = [0xA5; COLD_SIZE];
+
+/// How a machine behaves.
+#[derive(Clone, Copy, Debug)]
+struct Habits {
+    seed: u64,
+    /// Pages written between any two commands or reads.
+    writes: u64,
+    /// Pages that are written at all: the first ones.
+    hot: u64,
+    /// Most pages that FREEZE takes.
+    frozen_max: usize,
+    /// FREEZE returns in the copy.
+    is_copy: bool,
+    /// What every command but TRACK 0 and ABORT results in.
+    result: u32,
+}
+
+const QUIET: Habits =
+    Habits { seed: 1, writes: 2, hot: PAGES, frozen_max: 4096, is_copy: false, result: RESULT_OK };
+
+/// A machine in a vector.
+struct Fake {
+    habits: Habits,
+    memory: Vec<u8>,
+    free: Vec<bool>,
+    dirty: BTreeSet<u64>,
+    bitmap: Vec<u8>,
+    frozen: Vec<u8>,
+    /// Memory and free pages at the instant of FREEZE.
+    instant: Option<(Vec<u8>, Vec<bool>)>,
+    job: [u8; 16],
+    is_tracking: bool,
+    is_held: bool,
+    freezes: u32,
+}
+
+impl Fake {
+    fn new(habits: Habits) -> Self {
+        let mut fake = Self {
+            habits,
+            memory: vec![0; START.mem_bytes as usize],
+            free: vec![false; PAGES as usize],
+            dirty: BTreeSet::new(),
+            bitmap: vec![0; PAGES.div_ceil(64) as usize * 8],
+            frozen: Vec::new(),
+            instant: None,
+            job: START.job,
+            is_tracking: false,
+            is_held: false,
+            freezes: 0,
+        };
+        for page in 0..PAGES {
+            match fake.random(3) {
+                0 => fake.free[page as usize] = true,
+                1 => fake.write(page),
+                _ => {}
+            }
+        }
+        fake
+    }
+
+    /// xorshift64*: below `end`.
+    fn random(&mut self, end: u64) -> u64 {
+        let seed = &mut self.habits.seed;
+        *seed ^= *seed >> 12;
+        *seed ^= *seed << 25;
+        *seed ^= *seed >> 27;
+        (seed.wrapping_mul(0x2545_F491_4F6C_DD1D) >> 33) % end
+    }
+
+    /// Writes somewhere in a page, or zeroes all of it.
+    fn write(&mut self, page: u64) {
+        self.free[page as usize] = false;
+        let start = (page * PAGE_SIZE) as usize;
+        match self.random(4) {
+            0 => self.memory[start..start + 4096].fill(0),
+            _ => {
+                let (at, value) = (self.random(4096) as usize, self.random(256) as u8);
+                self.memory[start + at] = value;
+            }
+        }
+        if self.is_tracking {
+            self.dirty.insert(page);
+        }
+    }
+
+    /// The rest of the guest runs.
+    fn live(&mut self) {
+        for _ in 0..self.habits.writes {
+            let page = self.random(self.habits.hot);
+            match self.random(8) {
+                0 => self.free[page as usize] = true,
+                _ => self.write(page),
+            }
+        }
+    }
+
+    fn freeze(&mut self, role: u32) -> u32 {
+        assert_eq!(role, ROLE_FORKED);
+        self.freezes += 1;
+        if self.dirty.len() > self.habits.frozen_max {
+            return RESULT_TOO_MANY;
+        }
+        if self.habits.is_copy {
+            self.job = [9; 16];
+            return RESULT_OK;
+        }
+        let pages = std::mem::take(&mut self.dirty);
+        let frozen = Frozen { state_size: STATE.len() as u64, page_count: pages.len() as u64 };
+        self.frozen = vec![0; (frozen.pages_at() + frozen.page_count * PAGE_SIZE) as usize];
+        let mut put = |offset: u64, bytes: &[u8]| {
+            self.frozen[offset as usize..][..bytes.len()].copy_from_slice(bytes);
+        };
+        put(0, &frozen.emit());
+        put(frozen.state_at(), &STATE);
+        for (index, page) in (0..).zip(pages) {
+            let start = (page * PAGE_SIZE) as usize;
+            put(frozen.addresses_at() + 8 * index, &(page * PAGE_SIZE).to_le_bytes());
+            put(frozen.pages_at() + PAGE_SIZE * index, &self.memory[start..start + 4096]);
+        }
+        self.instant = Some((self.memory.clone(), self.free.clone()));
+        self.is_held = true;
+        RESULT_OK
+    }
+}
+
+impl Machine for Fake {
+    fn command(&mut self, register: u64, value: u32) -> u32 {
+        self.live();
+        let result = self.habits.result;
+        match (register, value) {
+            (REG_TRACK, 0) => self.is_tracking = false,
+            (REG_ABORT, _) => assert!(std::mem::take(&mut self.is_held), "nothing is frozen"),
+            _ if result != RESULT_OK => return result,
+            (REG_TRACK, 1) => self.is_tracking = true,
+            (REG_HARVEST, _) => {
+                assert!(self.is_tracking);
+                self.bitmap.fill(0);
+                for page in std::mem::take(&mut self.dirty) {
+                    self.bitmap[(page / 8) as usize] |= 1 << (page % 8);
+                }
+            }
+            (REG_FREEZE, role) => return self.freeze(role),
+            other => panic!("{other:?}"),
+        }
+        RESULT_OK
+    }
+
+    fn read(&mut self, address: u64, out: &mut [u8]) -> io::Result<()> {
+        self.live();
+        let (window, start) = match address {
+            FROZEN_START.. if address < BITMAP_START => (&self.frozen, address - FROZEN_START),
+            BITMAP_START.. => (&self.bitmap, address - BITMAP_START),
+            _ => (&self.memory, address - MIRROR_START),
+        };
+        // A window that nothing was put into yet is zero.
+        let bytes = window.get(start as usize..).unwrap_or_default();
+        let count = bytes.len().min(out.len());
+        out[..count].copy_from_slice(&bytes[..count]);
+        Ok(())
+    }
+
+    fn are_free(&mut self, first_page: u64, out: &mut [bool]) {
+        self.live();
+        out.copy_from_slice(&self.free[first_page as usize..][..out.len()]);
+    }
+
+    fn identity(&mut self) -> io::Result<Identity> {
+        let page = [0; onde_wire::machine::INFO_SIZE];
+        let mut blank = page;
+        blank[..12].copy_from_slice(b"ONDEINFO\x01\0\0\0");
+        let identity = Identity::parse(&blank).expect("a page of zeros is an identity");
+        Ok(Identity { job: self.job, ..identity })
+    }
+}
+
+/// A sink that breaks after so many bytes.
+struct Kept {
+    bytes: Vec<u8>,
+    room: usize,
+    rounds: Vec<Round>,
+}
+
+impl Kept {
+    fn new(room: usize) -> Self {
+        Self { bytes: Vec::new(), room, rounds: Vec::new() }
+    }
+}
+
+impl Write for &mut Kept {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.room = self.room.checked_sub(bytes.len()).ok_or(io::ErrorKind::BrokenPipe)?;
+        self.bytes.extend(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Sink for &mut Kept {
+    fn round(&mut self, round: Round) -> io::Result<()> {
+        self.rounds.push(round);
+        Ok(())
+    }
+}
+
+/// The memory and the state that a loader makes of a stream.
+fn restore(mut stream: &[u8]) -> (Vec<u8>, Vec<u8>) {
+    let (mut checker, mut state) = (Checker::new(START), Vec::new());
+    let mut memory = vec![0; START.mem_bytes as usize];
+    while !checker.is_done() {
+        let (bytes, behind) = stream.split_first_chunk::<HEAD_SIZE>().unwrap();
+        let head = checker.head(bytes).unwrap();
+        let (payload, behind) = behind.split_at(head.payload_size as usize);
+        checker.payload(payload).unwrap();
+        let size = head.mem_size as usize;
+        let bytes = match head.kind {
+            Kind::Raw => payload.to_vec(),
+            Kind::Lz4 => lz4_flex::block::decompress(payload, size).unwrap(),
+            _ => vec![0; size],
+        };
+        memory[head.address as usize..][..size].copy_from_slice(&bytes);
+        if head.kind == Kind::Machine {
+            state = payload.to_vec();
+        }
+        stream = behind;
+    }
+    assert!(stream.is_empty());
+    (memory, state)
+}
+
+/// Copies a machine with these habits and compares page by page.
+fn check(habits: Habits) -> (Fake, Kept) {
+    let (mut fake, mut kept) = (Fake::new(habits), Kept::new(usize::MAX));
+    let outcome = take(&mut fake, &START, &mut kept).unwrap();
+    let Outcome::Source(taken) = outcome else { panic!("{outcome:?}") };
+    let (memory, state) = restore(&kept.bytes);
+    let (expect, free) = fake.instant.as_ref().unwrap();
+    assert_eq!(state, STATE);
+    for page in (0..PAGES as usize).filter(|page| !free[*page]) {
+        let range = page * 4096..(page + 1) * 4096;
+        assert!(memory[range.clone()] == expect[range], "page {page} of {habits:?}");
+    }
+    assert_eq!(kept.rounds.last().map(|round| round.pages), Some(taken.frozen_pages));
+    assert!(!fake.is_held && !fake.is_tracking);
+    (fake, kept)
+}
+
+#[test]
+fn a_copy_is_the_machine_at_the_instant_of_freeze() {
+    for seed in 1..=40 {
+        check(Habits { seed, writes: seed % 9, ..QUIET });
+        check(Habits { seed, writes: 3, hot: 40, ..QUIET });
+    }
+}
+
+#[test]
+fn with_more_dirty_pages_than_freeze_takes_another_round_follows() {
+    let (fake, kept) = check(Habits { seed: 5, writes: 2, hot: 30, frozen_max: 12, ..QUIET });
+    assert!(fake.freezes >= 1 && kept.rounds.len() >= 3);
+    let endless = Habits { seed: 5, writes: 200, frozen_max: 1, ..QUIET };
+    let mut fake = Fake::new(endless);
+    let failed = take(&mut fake, &START, &mut Kept::new(usize::MAX)).unwrap_err();
+    assert!(matches!(&failed, Failed::Machine(text) if text.contains("faster")), "{failed:?}");
+    assert!(!fake.is_held && !fake.is_tracking);
+}
+
+#[test]
+fn whatever_fails_leaves_the_machine_as_it_was() {
+    let whole = check(QUIET).1.bytes.len();
+    for room in (0..whole).step_by(4099) {
+        let mut fake = Fake::new(QUIET);
+        let failed = take(&mut fake, &START, &mut Kept::new(room)).unwrap_err();
+        assert!(matches!(failed, Failed::Sink(_)), "{failed:?}");
+        assert!(!fake.is_held && !fake.is_tracking, "cut at {room}");
+    }
+    let mut fake = Fake::new(Habits { result: 1, ..QUIET });
+    let failed = take(&mut fake, &START, &mut Kept::new(usize::MAX)).unwrap_err();
+    assert!(matches!(failed, Failed::Machine(_)), "{failed:?}");
+}
+
+#[test]
+fn the_copy_knows_itself_by_its_job() {
+    let (mut fake, mut kept) =
+        (Fake::new(Habits { is_copy: true, ..QUIET }), Kept::new(usize::MAX));
+    assert_eq!(take(&mut fake, &START, &mut kept).unwrap(), Outcome::Copy);
+    assert_ne!(ROLE_SOURCE, ROLE_FORKED);
+}
+
+#[test]
+fn runs_are_no_longer_than_a_record_and_end_at_the_hole() {
+    let hole = RAM_LOW_END / PAGE_SIZE;
+    let pages = (0..40).chain([50]).chain(hole - 1..hole + 1);
+    let expect = [0..32, 32..40, 50..51, hole - 1..hole, hole..hole + 1];
+    assert_eq!(runs(pages).collect::<Vec<_>>(), expect);
+    assert_eq!((address(hole - 1), address(hole)), (RAM_LOW_END - PAGE_SIZE, RAM_HIGH_START));
+}
