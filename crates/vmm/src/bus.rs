@@ -1,11 +1,11 @@
 //! Which device answers at which address. vCPU threads come here with every exit for I/O.
 //! Addresses where nothing is read as all ones and take writes without effect, like an empty bus.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use onde_wire::machine::{CONTROL_START, PAGE_SIZE, SERIAL_PORT, VIRTIO_START, VIRTIO_STRIDE};
 use vm_superio::serial::NoEvents;
-use vm_superio::{Serial, Trigger};
+use vm_superio::{Serial, SerialState, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::Console;
@@ -16,7 +16,8 @@ use crate::virtio::mmio::Slot;
 const SERIAL_SIZE: u16 = 8;
 
 /// The serial port's interrupt line.
-pub struct SerialLine(pub EventFd);
+#[derive(Clone)]
+pub struct SerialLine(pub Arc<EventFd>);
 
 impl Trigger for SerialLine {
     type E = std::io::Error;
@@ -119,17 +120,19 @@ fn serial_register(port: u16) -> Option<u8> {
 }
 
 impl Bus {
-    /// RESUME: the serial port as after power-on, its output where it was.
-    pub fn reset_serial(&self) {
-        let state = Default::default();
+    /// The serial port's state.
+    pub fn serial_state(&self) -> SerialState {
+        self.serial().state()
+    }
+
+    /// RESUME: the serial port with this state, its output where it was. Raises its interrupt where one is due.
+    pub fn set_serial(&self, state: &SerialState) {
         let mut serial = self.serial();
-        // Registers are private to the device: write those that its driver could have changed.
-        let vm_superio::SerialState { line_control, modem_control, scratch, .. } = state;
-        for (register, value) in [(3, line_control), (1, 0), (4, modem_control), (7, scratch)] {
-            let _ = serial.write(register, value);
+        let (line, console) = (serial.interrupt_evt().clone(), serial.writer().clone());
+        // Fails where more input waits than there is room for: no state from `state` has any.
+        if let Ok(port) = Serial::from_state(state, line, NoEvents, console) {
+            *serial = port;
         }
-        // Reading IIR and the receive buffer clears what was pending.
-        serial.read(2);
     }
 }
 
@@ -145,7 +148,7 @@ mod tests {
         file.set_len(PAGE_SIZE + onde_wire::machine::CONSOLE_RING_SIZE).unwrap();
         let console = Console::new(memory::map_console(file).unwrap());
         let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        (Bus::new(SerialLine(line.try_clone().unwrap()), console, Vec::new()), line)
+        (Bus::new(SerialLine(Arc::new(line.try_clone().unwrap())), console, Vec::new()), line)
     }
 
     #[test]
@@ -173,7 +176,7 @@ mod tests {
         bus.port_write(SERIAL_PORT + 1, &[2]);
         bus.port_write(SERIAL_PORT, b"x");
         assert!(line.read().is_ok());
-        bus.reset_serial();
+        bus.set_serial(&SerialState::default());
         let mut register = [0; 1];
         bus.port_read(SERIAL_PORT + 1, &mut register);
         assert_eq!(register, [0]);

@@ -2,36 +2,40 @@
 //! which shows it to the customer. The oldest bytes are overwritten; nothing ever blocks.
 
 use std::io;
-use std::sync::atomic::Ordering;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use onde_wire::machine::{CONSOLE_RING_SIZE, PAGE_SIZE};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, VolatileMemory};
 
-/// Writer of the ring.
+/// Writer of the ring. Its clones take turns: each serial port that follows another goes on where that one stopped.
+#[derive(Clone)]
 pub struct Console {
-    mapping: MmapRegion,
+    mapping: Arc<MmapRegion>,
     /// Bytes ever written; kept here as the mapping can be written by others.
-    count: u64,
+    count: Arc<AtomicU64>,
 }
 
 impl Console {
     /// Starts an empty ring in `mapping`, which has a page and `CONSOLE_RING_SIZE` bytes.
     pub fn new(mapping: MmapRegion) -> Self {
-        Self { mapping, count: 0 }
+        Self { mapping: Arc::new(mapping), count: Arc::default() }
     }
 }
 
 impl io::Write for Console {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let ring = self.mapping.as_volatile_slice();
+        let mut count = self.count.load(Ordering::Relaxed);
         for &byte in bytes {
-            let at = PAGE_SIZE + self.count % CONSOLE_RING_SIZE;
+            let at = PAGE_SIZE + count % CONSOLE_RING_SIZE;
             ring.write_obj(byte, at as usize).map_err(io::Error::other)?;
-            self.count += 1;
+            count += 1;
         }
+        self.count.store(count, Ordering::Relaxed);
         // Release: a reader that sees the count sees the bytes.
-        ring.store(self.count, 0, Ordering::Release).map_err(io::Error::other)?;
+        ring.store(count, 0, Ordering::Release).map_err(io::Error::other)?;
         Ok(bytes.len())
     }
 

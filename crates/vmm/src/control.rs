@@ -5,6 +5,7 @@
 //!   guest writes a register -> Control::write -> Request -> vCPU thread acts -> Control::finish
 //! ```
 
+use onde_wire::bytes::Reader;
 use onde_wire::machine::control::*;
 
 /// What a register write asks the VMM to do before the guest goes on.
@@ -16,6 +17,16 @@ pub enum Request {
     Pay(u32, [u8; 32]),
     /// Wait for the network device, at most this many milliseconds.
     Idle(u32),
+    /// Note which pages are written, or no longer.
+    Track(bool),
+    /// Show the pages written in BITMAP.
+    Harvest,
+    /// Save the machine for a copy with this role.
+    Freeze(u32),
+    /// End the machine that was saved.
+    Commit,
+    /// Go on as if FREEZE had not been.
+    Abort,
     /// Power off.
     PowerOff,
     /// Reset, which ends the VM.
@@ -38,6 +49,8 @@ pub struct Control {
     token: [u8; 32],
     events: u32,
     sleep_control: u8,
+    role: u32,
+    flow: u64,
 }
 
 impl Control {
@@ -48,6 +61,8 @@ impl Control {
             REG_MAGIC => fill(data, &MAGIC.to_le_bytes()),
             REG_VERSION => fill(data, &VERSION.to_le_bytes()),
             REG_RESULT => fill(data, &self.result.to_le_bytes()),
+            REG_ROLE => fill(data, &self.role.to_le_bytes()),
+            REG_FLOW => fill(data, &self.flow.to_le_bytes()),
             REG_SLEEP_CONTROL => fill(data, &[self.sleep_control]),
             // The status register's wake bit is never set: no VM wakes up from S5.
             REG_EVENT => fill(data, &std::mem::take(&mut self.events).to_le_bytes()),
@@ -61,6 +76,12 @@ impl Control {
             (REG_RESUME, _) => Some(Request::Resume(u64::from_le_bytes(data.try_into().ok()?))),
             (REG_PAY, _) => Some(Request::Pay(word(data)?, self.token)),
             (REG_IDLE, _) => Some(Request::Idle(word(data)?.min(IDLE_MS_MAX))),
+            (REG_TRACK, _) => Some(Request::Track(word(data)? != 0)),
+            (REG_HARVEST, _) => word(data).map(|_| Request::Harvest),
+            (REG_FREEZE, _) => Some(Request::Freeze(word(data)?)),
+            (REG_COMMIT, _) => word(data).map(|_| Request::Commit),
+            (REG_ABORT, _) => word(data).map(|_| Request::Abort),
+            (REG_FLOW, _) => self.set_flow(data),
             (REG_SLEEP_CONTROL, &[value]) => self.sleep(value),
             (REG_RESET, &[RESET_VALUE]) => Some(Request::Reset),
             (REG_TOKEN.., _) => self.write_token((offset - REG_TOKEN) as usize, data),
@@ -74,6 +95,11 @@ impl Control {
         off.then_some(Request::PowerOff)
     }
 
+    fn set_flow(&mut self, data: &[u8]) -> Option<Request> {
+        self.flow = u64::from_le_bytes(data.try_into().ok()?);
+        None
+    }
+
     fn write_token(&mut self, at: usize, data: &[u8]) -> Option<Request> {
         self.token.get_mut(at..at + data.len())?.copy_from_slice(data);
         None
@@ -82,6 +108,40 @@ impl Control {
     /// Sets RESULT: a request was carried out, or was not.
     pub fn finish(&mut self, result: u32) {
         self.result = result;
+    }
+
+    /// What REG_FLOW holds.
+    pub fn flow(&self) -> u64 {
+        self.flow
+    }
+
+    /// FREEZE was done: what is read in a copy is no longer read here.
+    pub fn be_source(&mut self) {
+        self.role = ROLE_SOURCE;
+    }
+
+    /// Whether an event waits for the guest, its interrupt perhaps lost on the way.
+    pub fn has_event(&self) -> bool {
+        self.events != 0
+    }
+
+    /// The registers as a copy with `role` finds them when FREEZE returns there.
+    pub fn save(&self, role: u32) -> Vec<u8> {
+        let mut out = role.to_le_bytes().to_vec();
+        out.extend(self.events.to_le_bytes());
+        out.extend(self.flow.to_le_bytes());
+        out.extend(self.token);
+        out.push(self.sleep_control);
+        out
+    }
+
+    /// Reads what [`Self::save`] wrote.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut r = Reader::new(bytes);
+        let (role, events, flow) = (r.u32()?, r.u32()?, r.u64()?);
+        let (token, sleep_control) = (r.array()?, r.u8()?);
+        let control = Self { result: RESULT_OK, token, events, sleep_control, role, flow };
+        r.rest().is_empty().then_some(control)
     }
 
     /// The power button: sets its event bit; the caller raises the interrupt.
@@ -122,6 +182,12 @@ mod tests {
         check(REG_SLEEP_CONTROL, &[0x24], None);
         check(REG_RESET, &[RESET_VALUE], Some(Request::Reset));
         check(REG_RESET, &[0], None);
+        check(REG_TRACK, &[1, 0, 0, 0], Some(Request::Track(true)));
+        check(REG_HARVEST, &[0; 4], Some(Request::Harvest));
+        check(REG_FREEZE, &[2, 0, 0, 0], Some(Request::Freeze(ROLE_FORKED)));
+        check(REG_FREEZE, &[2], None);
+        check(REG_COMMIT, &[0; 4], Some(Request::Commit));
+        check(REG_ABORT, &[0; 4], Some(Request::Abort));
         check(REG_MAGIC, &[0; 8], None);
         check(0xFF8, &[0; 8], None);
     }
@@ -142,6 +208,24 @@ mod tests {
         let mut result = [0; 4];
         control.read(REG_RESULT, &mut result);
         assert_eq!(u32::from_le_bytes(result), RESULT_REFUSED);
+    }
+
+    #[test]
+    fn a_copy_has_its_role() {
+        let mut control = Control::default();
+        control.write(REG_FLOW, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        control.press_power_button();
+        control.finish(RESULT_INVALID);
+        let saved = control.save(ROLE_FORKED);
+        let mut copy = Control::parse(&saved).unwrap();
+        let mut role = [0; 4];
+        copy.read(REG_ROLE, &mut role);
+        assert_eq!(u32::from_le_bytes(role), ROLE_FORKED);
+        assert_eq!((copy.result, copy.flow, copy.has_event()), (RESULT_OK, control.flow, true));
+        assert!(Control::parse(&saved[1..]).is_none());
+        copy.be_source();
+        copy.read(REG_ROLE, &mut role);
+        assert_eq!(u32::from_le_bytes(role), ROLE_SOURCE);
     }
 
     #[test]

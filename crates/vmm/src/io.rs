@@ -86,6 +86,8 @@ impl<'a> Io<'a> {
     }
 
     fn serve(&self, data: u64) {
+        // Between two events a vCPU thread may save or load all that is touched here.
+        let _turn = self.machine.io_turn();
         match data {
             NODED => self.obey(),
             WAKE => _ = self.machine.wake.read(),

@@ -12,27 +12,36 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, ROLE_FORKED, ROLE_MOVED};
 use onde_wire::machine::{
-    ACPI_START, GED_GSI, INFO_SIZE, INFO_TSC_KHZ, Identity, SERIAL_GSI, VIRTIO_GSI, VIRTIO_START,
-    VIRTIO_STRIDE,
+    ACPI_START, GED_GSI, INFO_SIZE, INFO_TSC_KHZ, Identity, SERIAL_GSI, VIRTIO_GSI, VIRTIO_NET,
+    VIRTIO_START, VIRTIO_STRIDE,
 };
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
+use vm_superio::SerialState;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{Bus, SerialLine};
+use crate::checkpoint::Checkpoint;
 use crate::console::Console;
+use crate::control::Control;
 use crate::descriptors::{Descriptors, Tap};
 use crate::fault::{Context, Fault, Part};
+use crate::gathering::Gathering;
+use crate::kvm::copying::VmState;
 use crate::kvm::vcpu::Vcpu;
+use crate::kvm::vcpu_state::VcpuState;
 use crate::kvm::{Vm, eventfd};
 use crate::memory::{Memory, View, map_console, map_info};
 use crate::noded::Noded;
+use crate::state::{State, emit_serial, parse_serial};
 use crate::virtio::blk::Blk;
-use crate::virtio::mmio::{QUEUE_NOTIFY, Slot};
+use crate::virtio::flow::Flow;
+use crate::virtio::mmio::{self, QUEUE_NOTIFY, Slot};
 use crate::virtio::net::{Arrivals, Net};
 use crate::virtio::rng::Rng;
-use crate::virtio::{Device, Interrupt};
+use crate::virtio::{Device, Interrupt, Outgoing};
 use crate::{acpi, mstrap};
 
 /// The shape of a machine, from the command line.
@@ -44,6 +53,13 @@ pub struct Shape {
     pub vcpus: u32,
     /// Whether there is a disk.
     pub has_disk: bool,
+}
+
+impl Shape {
+    /// Number of virtio devices.
+    pub fn device_count(&self) -> usize {
+        2 + usize::from(self.has_disk)
+    }
 }
 
 /// How a machine ended.
@@ -79,9 +95,15 @@ pub struct Machine {
     pub arrivals: Arc<Arrivals>,
     /// Wakes the I/O thread: the machine ended or BOOT can go soon.
     pub wake: EventFd,
+    /// Where vCPU threads stand still together.
+    pub gathering: Gathering,
+    /// What was built.
+    pub shape: Shape,
     vm: Vm,
-    vcpus: u32,
     memory: Mutex<Memory>,
+    checkpoint: Mutex<Checkpoint>,
+    /// Held by the I/O thread while it serves anything, and by whoever needs it to stand still.
+    io_turn: Mutex<()>,
     // Never read after start: a slot refers to it as long as the VM lives.
     _info: MmapRegion,
     tap: RawFd,
@@ -108,7 +130,8 @@ pub fn build(shape: Shape, given: Descriptors) -> Result<Built, Fault> {
     let identity = read_identity(&info)?;
     let memory = Memory::new(shape.mem_bytes)?;
     let view = memory.ram_and_boot.clone();
-    let vm = Vm::new(given.kvm, &view, &info)?;
+    let checkpoint = Checkpoint::new(memory.ram.clone(), shape.mem_bytes)?;
+    let vm = Vm::new(given.kvm, &view, &info, &checkpoint.windows())?;
     let vcpus = create_vcpus(&vm, shape.vcpus)?;
     vcpus[0].enter_mstrap(load_mstrap(given.mstrap, &view, shape.mem_bytes)?)?;
     write_tsc_khz(&info, vcpus[0].tsc_khz()?)?;
@@ -121,7 +144,8 @@ pub fn build(shape: Shape, given: Descriptors) -> Result<Built, Fault> {
     for (position, device) in devices.into_iter().enumerate() {
         slots.push(plug(&vm, &view, position, device, &mut doorbells)?);
     }
-    let line = SerialLine(vm.interrupt_line(SERIAL_GSI)?);
+    assert_eq!(slots.len(), shape.device_count());
+    let line = SerialLine(Arc::new(vm.interrupt_line(SERIAL_GSI)?));
     let machine = Machine {
         bus: Bus::new(line, Console::new(map_console(given.console)?), slots),
         noded: Noded::new(given.control),
@@ -129,8 +153,11 @@ pub fn build(shape: Shape, given: Descriptors) -> Result<Built, Fault> {
         wake: eventfd()?,
         power_line: vm.interrupt_line(GED_GSI)?,
         vm,
-        vcpus: shape.vcpus,
+        gathering: Gathering::new(shape.vcpus),
+        shape,
         memory: Mutex::new(memory),
+        checkpoint: Mutex::new(checkpoint),
+        io_turn: Mutex::default(),
         _info: info,
         tap,
         handed_over: AtomicBool::new(false),
@@ -155,7 +182,7 @@ fn write_tsc_khz(info: &MmapRegion, tsc_khz: u32) -> Result<(), Fault> {
 }
 
 fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<Vcpu>, Fault> {
-    (0..count).map(|id| Vcpu::new(vm.create_vcpu(id, count)?, id)).collect()
+    (0..count).map(|id| Vcpu::new(vm.create_vcpu(id, count)?, id, vm.msrs())).collect()
 }
 
 /// Reads the image, puts it into BOOT and returns its entry point.
@@ -202,6 +229,16 @@ fn plug(
     Ok(Slot::new(device, Arc::new(Interrupt::new(line)), kicks, view.clone()))
 }
 
+/// A full state, checked, for this machine to go on from.
+pub struct Copy {
+    /// By vCPU.
+    pub vcpus: Vec<VcpuState>,
+    vm: VmState,
+    serial: SerialState,
+    control: Control,
+    devices: Vec<mmio::Saved>,
+}
+
 impl Machine {
     fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
@@ -218,20 +255,125 @@ impl Machine {
         (!handed_over).then(|| self.memory().ram_and_boot.clone())
     }
 
-    /// RESUME of a cold machine: devices and interrupt controllers as after power-on, none of
-    /// them able to reach BOOT, and ACPI tables in RAM. Called once, by the first vCPU.
-    pub fn hand_over(&self) -> Result<(), Fault> {
+    /// Waits until the I/O thread is between two events, and keeps it there.
+    pub fn io_turn(&self) -> MutexGuard<'_, ()> {
+        self.io_turn.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn checkpoint(&self) -> MutexGuard<'_, Checkpoint> {
+        self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// RESUME: devices and interrupt controllers as after power-on, none of them able to reach BOOT. Called once, by the
+    /// first vCPU.
+    pub fn reset_devices(&self) -> Result<(), Fault> {
         self.handed_over.store(true, Ordering::SeqCst);
         let ram = self.memory().ram.clone();
         for slot in &self.bus.virtio {
             slot.hand_over(ram.clone());
         }
-        self.bus.reset_serial();
-        self.vm.reset_ioapic().fault(Part::Kvm, "reset the I/O APIC")?;
-        let tables = acpi::tables(self.vcpus, self.bus.virtio.len() as u64);
+        self.bus.set_serial(&SerialState::default());
+        self.vm.reset_ioapic().fault(Part::Kvm, "reset the I/O APIC")
+    }
+
+    /// RESUME of a cold machine: it finds ACPI tables in its RAM.
+    pub fn hand_over(&self) -> Result<(), Fault> {
+        self.reset_devices()?;
+        let ram = self.memory().ram.clone();
+        let tables = acpi::tables(self.shape.vcpus, self.bus.virtio.len() as u64);
         ram.write_slice(&tables, GuestAddress(ACPI_START))
             .and_then(|()| ram.write_slice(&acpi::RESET_CODE, GuestAddress(acpi::RESET_VECTOR)))
             .fault(Part::Memory, "write ACPI tables")
+    }
+
+    /// TRACK.
+    pub fn track(&self, on: bool) -> Result<u32, Fault> {
+        self.checkpoint().track(&self.vm, on).map(|()| RESULT_OK)
+    }
+
+    /// HARVEST.
+    pub fn harvest(&self) -> Result<u32, Fault> {
+        let done = self.checkpoint().harvest(&self.vm)?;
+        Ok(done.err().unwrap_or(RESULT_OK))
+    }
+
+    /// FREEZE, while all vCPUs stand still: saves the rest of the machine beside `vcpus`.
+    pub fn freeze(&self, role: u32, vcpus: Vec<Vec<u8>>) -> Result<u32, Fault> {
+        if ![ROLE_MOVED, ROLE_FORKED].contains(&role) {
+            return Ok(RESULT_INVALID);
+        }
+        let _turn = self.io_turn();
+        let mut checkpoint = self.checkpoint();
+        let pages = match checkpoint.take_dirty(&self.vm)? {
+            Ok(pages) => pages,
+            Err(refused) => return Ok(refused),
+        };
+        checkpoint.fill(&self.save(role, vcpus)?.emit(), pages)?;
+        let mut control = self.bus.control();
+        control.be_source();
+        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::Only(Flow::parse(control.flow())));
+        Ok(RESULT_OK)
+    }
+
+    fn save(&self, role: u32, vcpus: Vec<Vec<u8>>) -> Result<State, Fault> {
+        let vm = self.vm.save()?;
+        Ok(State {
+            shape: self.shape,
+            cpu: self.vm.cpu(),
+            vcpus,
+            ioapic: vm.ioapic(),
+            clock_ns: vm.clock_ns,
+            serial: emit_serial(&self.bus.serial_state()),
+            control: self.bus.control().save(role),
+            devices: self.bus.virtio.iter().map(Slot::save).collect(),
+        })
+    }
+
+    /// COMMIT.
+    pub fn commit(&self) -> u32 {
+        if !self.checkpoint().is_frozen() {
+            return RESULT_INVALID;
+        }
+        self.end(Outcome::PowerOff);
+        RESULT_OK
+    }
+
+    /// ABORT.
+    pub fn abort(&self) -> Result<u32, Fault> {
+        let mut checkpoint = self.checkpoint();
+        if !checkpoint.is_frozen() {
+            return Ok(RESULT_INVALID);
+        }
+        checkpoint.discard()?;
+        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::All);
+        Ok(RESULT_OK)
+    }
+
+    /// Reads a full state; `None` where it is none for this machine.
+    pub fn parse_copy(&self, bytes: &[u8]) -> Option<Copy> {
+        let state = State::parse(bytes, &self.shape, &self.vm.cpu())?;
+        let slots = self.bus.virtio.iter().zip(&state.devices);
+        Some(Copy {
+            vcpus: state.vcpus.iter().map(|vcpu| VcpuState::parse(vcpu)).collect::<Option<_>>()?,
+            vm: VmState::parse(&state.ioapic, state.clock_ns)?,
+            serial: parse_serial(&state.serial)?,
+            control: Control::parse(&state.control)?,
+            devices: slots.map(|(slot, bytes)| slot.parse(bytes)).collect::<Option<_>>()?,
+        })
+    }
+
+    /// RESUME of a copy, after [`Self::reset_devices`] and all vCPUs, which still stand still.
+    pub fn load_copy(&self, copy: Copy) -> Result<(), Fault> {
+        self.vm.load(&copy.vm)?;
+        if copy.control.has_event() {
+            let _ = self.power_line.write(1);
+        }
+        *self.bus.control() = copy.control;
+        self.bus.set_serial(&copy.serial);
+        for (slot, saved) in self.bus.virtio.iter().zip(copy.devices) {
+            slot.load(saved);
+        }
+        Ok(())
     }
 
     /// The guest runs: asks the I/O thread to drop BOOT when it no longer delays the start.
@@ -263,6 +405,7 @@ impl Machine {
         self.outcome.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(outcome);
         self.ended.store(true, Ordering::SeqCst);
         // vCPUs that wait for something wait no longer.
+        self.gathering.end();
         self.arrivals.announce();
         self.noded.pay_done(false);
         self.wake_io();

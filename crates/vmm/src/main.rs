@@ -4,17 +4,21 @@
 
 mod acpi;
 mod bus;
+mod checkpoint;
 mod console;
 mod control;
 mod descriptors;
 mod fault;
+mod gathering;
 mod io;
 mod kvm;
 mod machine;
 mod memory;
 mod mstrap;
 mod noded;
+mod pages;
 mod sandbox;
+mod state;
 mod virtio;
 
 use std::process::ExitCode;

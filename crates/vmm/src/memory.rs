@@ -8,13 +8,15 @@ use std::sync::Arc;
 use onde_wire::machine::{
     BOOT_SIZE, BOOT_START, CONSOLE_RING_SIZE, PAGE_SIZE, RAM_HIGH_START, RAM_LOW_END,
 };
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
 
 use crate::fault::{Context, Fault, Part};
 
-/// Guest-physical memory that a device or the VMM may touch, bounds checked at every access.
-pub type View = GuestMemoryMmap<()>;
+/// Guest-physical memory that a device or the VMM may touch, bounds checked at every access. Notes which pages are
+/// written: KVM knows of the guest's own writes only.
+pub type View = GuestMemoryMmap<AtomicBitmap>;
 
 /// Huge pages of the host are this big; RAM that lies congruent to it is backed by them, which
 /// saves 511 of 512 page faults.
@@ -61,9 +63,9 @@ impl Memory {
 }
 
 /// A private mapping without swap reservation: the VM's cgroup is the limit, not overcommit.
-fn anonymous(size: u64) -> Result<MmapRegion, Fault> {
+fn anonymous<B: NewBitmap>(size: u64) -> Result<MmapRegion<B>, Fault> {
     let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
-    MmapRegionBuilder::new(size as usize)
+    MmapRegionBuilder::new_with_bitmap(size as usize, B::with_len(size as usize))
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .with_mmap_flags(flags)
         .build()
@@ -71,10 +73,10 @@ fn anonymous(size: u64) -> Result<MmapRegion, Fault> {
 }
 
 /// RAM from `start` on, its host address congruent to the guest's modulo [`HUGE_PAGE`].
-fn ram_region(start: u64, size: u64) -> Result<GuestRegionMmap, Fault> {
+fn ram_region(start: u64, size: u64) -> Result<GuestRegionMmap<AtomicBitmap>, Fault> {
     // Linux 6.1 does not align large anonymous mappings by itself: reserve one huge page more
     // and begin at the first boundary.
-    let reserve = anonymous(size + HUGE_PAGE)?;
+    let reserve = anonymous::<()>(size + HUGE_PAGE)?;
     let base = reserve.as_ptr();
     let skip = (base as u64).next_multiple_of(HUGE_PAGE) - base as u64;
     // RAM lives as long as the process: the reservation is never unmapped.
@@ -85,13 +87,29 @@ fn ram_region(start: u64, size: u64) -> Result<GuestRegionMmap, Fault> {
     // refers to; the advice does not change contents. A kernel without huge pages refuses it,
     // which costs speed only.
     let _ = unsafe { rustix::mm::madvise(host.cast(), size as usize, advice) };
+    let bitmap = NewBitmap::with_len(size as usize);
+    let builder = MmapRegionBuilder::new_with_bitmap(size as usize, bitmap);
     // SAFETY: the same range, mapped readable and writable for the rest of the process's life.
-    let mapping = unsafe { MmapRegionBuilder::new(size as usize).with_raw_mmap_pointer(host) }
+    let mapping = unsafe { builder.with_raw_mmap_pointer(host) }
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .build()
         .fault(Part::Memory, "wrap RAM")?;
     GuestRegionMmap::new(mapping, GuestAddress(start))
         .ok_or_else(|| Fault::new(Part::Memory, "RAM overflows"))
+}
+
+/// A window of the VMM's own, which the guest reads: BITMAP or FROZEN. Pages come as they are written.
+pub fn map_window(size: u64) -> Result<MmapRegion, Fault> {
+    anonymous(size.next_multiple_of(PAGE_SIZE))
+}
+
+/// Gives a window's pages back to the host; it reads as zeros from then on.
+pub fn clear_window(window: &MmapRegion) -> Result<(), Fault> {
+    let advice = rustix::mm::Advice::LinuxDontNeed;
+    // SAFETY: the mapping is private, anonymous and live; nothing refers to its contents but the guest, which may
+    // see zeros, and the VMM's own copies through volatile accesses.
+    unsafe { rustix::mm::madvise(window.as_ptr().cast(), window.size(), advice) }
+        .fault(Part::Memory, "clear a window")
 }
 
 /// The info page, shared with `noded`.

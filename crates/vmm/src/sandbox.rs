@@ -51,7 +51,7 @@ const IO: &[libc::c_long] = &[
     libc::SYS_getrandom,
 ];
 
-/// KVM's calls (linux/kvm.h) for running and for resetting a vCPU.
+/// KVM's calls (linux/kvm.h) for running, resetting, saving and loading a vCPU, and for tracking and saving its machine.
 const VCPU_IOCTLS: &[u64] = &[
     0xAE80,      // KVM_RUN
     0x4090_AE82, // KVM_SET_REGS
@@ -63,6 +63,25 @@ const VCPU_IOCTLS: &[u64] = &[
     0x4080_AEA2, // KVM_SET_DEBUGREGS
     0x4188_AEA7, // KVM_SET_XCRS
     0x8208_AE63, // KVM_SET_IRQCHIP
+    0x8090_AE81, // KVM_GET_REGS
+    0x8138_AE83, // KVM_GET_SREGS
+    0xC008_AE88, // KVM_GET_MSRS
+    0x8400_AE8E, // KVM_GET_LAPIC
+    0x8004_AE98, // KVM_GET_MP_STATE
+    0x4004_AE99, // KVM_SET_MP_STATE
+    0x8040_AE9F, // KVM_GET_VCPU_EVENTS
+    0x8080_AEA1, // KVM_GET_DEBUGREGS
+    0xAEA2,      // KVM_SET_TSC_KHZ
+    0xAEA3,      // KVM_GET_TSC_KHZ
+    0x9000_AEA4, // KVM_GET_XSAVE
+    0x5000_AEA5, // KVM_SET_XSAVE
+    0x8188_AEA6, // KVM_GET_XCRS
+    0x4188_AEA7, // KVM_SET_XCRS
+    0x4010_AE42, // KVM_GET_DIRTY_LOG
+    0x4020_AE46, // KVM_SET_USER_MEMORY_REGION
+    0xC208_AE62, // KVM_GET_IRQCHIP
+    0x4030_AE7B, // KVM_SET_CLOCK
+    0x8030_AE7C, // KVM_GET_CLOCK
     TUNSETOFFLOAD,
 ];
 

@@ -2,9 +2,13 @@
 //! `cpuid` say what a vCPU starts with, `vcpu` runs one. With `memory` and `descriptors` the only
 //! module that may be unsafe.
 
+pub mod copying;
 pub mod cpuid;
+mod freeze;
+mod plain;
 pub mod registers;
 pub mod vcpu;
+pub mod vcpu_state;
 
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
@@ -15,7 +19,8 @@ use kvm_bindings::{
     kvm_irq_routing_irqchip, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use onde_wire::machine::{BOOT_START, INFO_START};
+use onde_wire::machine::{BITMAP_START, BOOT_START, FROZEN_START, INFO_START, MIRROR_START};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
@@ -23,11 +28,13 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::fault::{Context, Fault, Part};
 use crate::memory::View;
 
-/// Memory slots by number. Those of RAM come first, in address order; the windows for moving a
-/// VM will follow.
+/// Memory slots by number. Those of RAM and of its mirror are in address order, two at most.
 const SLOT_RAM: u32 = 0;
 const SLOT_BOOT: u32 = 2;
 const SLOT_INFO: u32 = 3;
+const SLOT_MIRROR: u32 = 4;
+const SLOT_BITMAP: u32 = 6;
+const SLOT_FROZEN: u32 = 7;
 
 /// Pages that Intel hosts without "unrestricted guest" need: below the local APICs, in the hole.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
@@ -36,10 +43,20 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
 /// Lines of KVM's I/O APIC.
 const IOAPIC_PINS: u32 = 24;
 
+/// The windows through which a guest sees its own pages and state, beside MIRROR.
+pub struct Windows<'a> {
+    /// BITMAP.
+    pub bitmap: &'a MmapRegion,
+    /// FROZEN.
+    pub frozen: &'a MmapRegion,
+}
+
 /// A virtual machine.
 pub struct Vm {
     fd: VmFd,
     cpuid: CpuId,
+    /// The MSRs that KVM names as a vCPU's state.
+    msrs: Vec<u32>,
     /// The I/O APIC as it was before anything ran.
     ioapic: kvm_irqchip,
 }
@@ -47,7 +64,12 @@ pub struct Vm {
 impl Vm {
     /// Builds a VM over `view` and the info page. All slots come before the interrupt
     /// controllers: a change of slots costs milliseconds after them.
-    pub fn new(kvm: OwnedFd, view: &View, info: &MmapRegion) -> Result<Self, Fault> {
+    pub fn new(
+        kvm: OwnedFd,
+        view: &View,
+        info: &MmapRegion,
+        windows: &Windows<'_>,
+    ) -> Result<Self, Fault> {
         // SAFETY: `kvm` is an open descriptor that `Kvm` becomes the owner of; if it is not
         // `/dev/kvm` the first call on it fails.
         let kvm = unsafe { Kvm::from_raw_fd(kvm.into_raw_fd()) };
@@ -55,10 +77,11 @@ impl Vm {
         let cpuid = kvm
             .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
             .fault(Part::Kvm, "ask for CPU features")?;
+        let msrs = kvm.get_msr_index_list().fault(Part::Kvm, "ask for MSRs")?.as_slice().to_vec();
         fd.set_tss_address(TSS_ADDRESS).fault(Part::Kvm, "set TSS address")?;
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).fault(Part::Kvm, "set identity map")?;
-        let mut vm = Self { fd, cpuid, ioapic: kvm_irqchip::default() };
-        vm.set_slots(view, info).fault(Part::Kvm, "set memory slots")?;
+        let mut vm = Self { fd, cpuid, msrs, ioapic: kvm_irqchip::default() };
+        vm.set_slots(view, info, windows).fault(Part::Kvm, "set memory slots")?;
         vm.fd.create_irq_chip().fault(Part::Kvm, "create interrupt controllers")?;
         vm.route_interrupts().fault(Part::Kvm, "route interrupts")?;
         vm.ioapic.chip_id = KVM_IRQCHIP_IOAPIC;
@@ -82,19 +105,31 @@ impl Vm {
         self.fd.set_gsi_routing(&routing).map_err(io::Error::from)
     }
 
-    fn set_slots(&self, view: &View, info: &MmapRegion) -> io::Result<()> {
-        let mut ram = SLOT_RAM;
+    fn set_slots(&self, view: &View, info: &MmapRegion, windows: &Windows) -> io::Result<()> {
+        let mut ram = 0;
         for region in view.iter() {
             let start = region.start_addr().0;
-            let slot = if start == BOOT_START { SLOT_BOOT } else { ram };
-            ram += u32::from(slot != SLOT_BOOT);
-            self.set_slot(slot, start, region, 0)?;
+            if start == BOOT_START {
+                self.set_slot(SLOT_BOOT, start, region, 0)?;
+                continue;
+            }
+            self.set_slot(SLOT_RAM + ram, start, region, 0)?;
+            self.set_slot(SLOT_MIRROR + ram, MIRROR_START + start, region, KVM_MEM_READONLY)?;
+            ram += 1;
         }
-        assert!(ram <= SLOT_BOOT);
-        self.set_slot(SLOT_INFO, INFO_START, info, KVM_MEM_READONLY)
+        assert!(SLOT_RAM + ram <= SLOT_BOOT);
+        self.set_slot(SLOT_INFO, INFO_START, info, KVM_MEM_READONLY)?;
+        self.set_slot(SLOT_BITMAP, BITMAP_START, windows.bitmap, KVM_MEM_READONLY)?;
+        self.set_slot(SLOT_FROZEN, FROZEN_START, windows.frozen, KVM_MEM_READONLY)
     }
 
-    fn set_slot(&self, slot: u32, start: u64, mapping: &MmapRegion, flags: u32) -> io::Result<()> {
+    fn set_slot<B: Bitmap>(
+        &self,
+        slot: u32,
+        start: u64,
+        mapping: &MmapRegion<B>,
+        flags: u32,
+    ) -> io::Result<()> {
         let region = kvm_userspace_memory_region {
             slot,
             flags,
@@ -135,6 +170,11 @@ impl Vm {
         let cpuid = cpuid::for_vcpu(&self.cpuid, id, count)?;
         vcpu.set_cpuid2(&cpuid).fault(Part::Kvm, "set CPU features")?;
         Ok(vcpu)
+    }
+
+    /// The MSRs that KVM names as a vCPU's state.
+    pub fn msrs(&self) -> &[u32] {
+        &self.msrs
     }
 
     /// Puts the I/O APIC back to what it was before anything ran.

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, RESULT_REFUSED, RESULT_UNREADABLE};
+use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, RESULT_REFUSED};
 use onde_wire::machine::{COLD_SIZE, ColdStart, VmmEvent};
 use onde_wire::token::PaymentToken;
 use vm_memory::{Bytes, GuestAddress};
@@ -23,6 +23,7 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::signal::{SIGRTMIN, clear_signal};
 
 use super::registers::ResetState;
+use super::vcpu_state::MsrList;
 use crate::control::Request;
 use crate::fault::{Context, Fault, Part};
 use crate::machine::{Machine, Outcome};
@@ -40,19 +41,39 @@ pub fn kick_signal() -> i32 {
     SIGRTMIN()
 }
 
+/// A vCPU's thread, to get it out of KVM_RUN.
+pub struct Thread(libc::pid_t);
+
+impl Thread {
+    /// The thread that calls this.
+    fn current() -> Self {
+        Self(rustix::thread::gettid().as_raw_nonzero().get())
+    }
+
+    /// Sends it the kick signal; one that is gone already does not mind.
+    pub fn kick(&self) {
+        // SAFETY: three numbers, no memory. The signal is blocked wherever it is not waited for, so
+        // another thread that got this number would not mind it either.
+        unsafe { libc::syscall(libc::SYS_tgkill, libc::getpid(), self.0, kick_signal()) };
+    }
+}
+
 /// A vCPU and what it needs to be reset.
 pub struct Vcpu {
-    fd: VcpuFd,
-    id: u32,
+    pub(super) fd: VcpuFd,
+    pub(super) id: u32,
+    pub(super) msrs: MsrList,
     reset: ResetState,
 }
 
 impl Vcpu {
     /// Takes over a vCPU that was just created and sets what each starts with.
-    pub fn new(fd: VcpuFd, id: u32) -> Result<Self, Fault> {
+    /// `listed` is the MSRs that KVM names as a vCPU's state.
+    pub fn new(fd: VcpuFd, id: u32, listed: &[u32]) -> Result<Self, Fault> {
         let reset = ResetState::of(&fd)?;
         reset.set_msrs(&fd)?;
-        Ok(Self { fd, id, reset })
+        let msrs = MsrList::of(&fd, listed)?;
+        Ok(Self { fd, id, msrs, reset })
     }
 
     /// Puts the first vCPU at mstrap's entry point.
@@ -71,7 +92,11 @@ impl Vcpu {
         if let Err(fault) = prepared {
             return machine.end(Outcome::Fault(fault));
         }
+        machine.gathering.join(self.id, Thread::current());
         while !machine.has_ended() {
+            if let Err(fault) = self.attend(&machine) {
+                return machine.end(Outcome::Fault(fault));
+            }
             let request = match self.exit(&machine) {
                 Ok(request) => request,
                 Err(outcome) => return machine.end(outcome),
@@ -102,30 +127,17 @@ impl Vcpu {
     /// Runs the guest up to its next exit and answers it.
     fn exit(&mut self, machine: &Machine) -> Result<Option<Request>, Outcome> {
         match self.fd.run() {
-            Ok(VcpuExit::IoOut(port, data)) => machine.bus.port_write(port, data),
-            Ok(VcpuExit::IoIn(port, data)) => machine.bus.port_read(port, data),
-            Ok(VcpuExit::MmioRead(address, data)) => machine.bus.read(address, data),
-            Ok(VcpuExit::MmioWrite(address, data)) => return Ok(machine.bus.write(address, data)),
-            // Triple fault, a reset by a way of its own, or an instruction that KVM cannot emulate
-            // where the guest uses it: all the guest's doing.
-            Ok(VcpuExit::Shutdown | VcpuExit::SystemEvent(..) | VcpuExit::InternalError) => {
-                return Err(Outcome::Reset);
-            }
-            Ok(VcpuExit::Intr) => {}
-            Ok(other) => {
-                let text = format!("vCPU {} stopped: {other:?}", self.id);
-                return Err(Outcome::Fault(Fault::new(Part::Vcpu, text)));
-            }
+            Ok(exit) => answer(exit, self.id, machine),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => {
                 // Nothing pending is the usual case; the loop looks at what the kick was for.
                 let _ = clear_signal(kick_signal());
+                Ok(None)
             }
             Err(error) => {
                 let text = format!("run vCPU {}: {error}", self.id);
-                return Err(Outcome::Fault(Fault::new(Part::Vcpu, text)));
+                Err(Outcome::Fault(Fault::new(Part::Vcpu, text)))
             }
         }
-        Ok(None)
     }
 
     fn carry_out(&mut self, request: Request, machine: &Machine) {
@@ -136,6 +148,11 @@ impl Vcpu {
                 machine.arrivals.wait(Duration::from_millis(timeout_ms.into()));
                 RESULT_OK
             }
+            Request::Track(on) => or_end(machine.track(on), machine),
+            Request::Harvest => or_end(machine.harvest(), machine),
+            Request::Freeze(role) => or_end(self.freeze(role, machine), machine),
+            Request::Commit => machine.commit(),
+            Request::Abort => or_end(machine.abort(), machine),
             Request::PowerOff => return machine.end(Outcome::PowerOff),
             Request::Reset => return machine.end(Outcome::Reset),
         };
@@ -151,7 +168,9 @@ impl Vcpu {
         if view.read_slice(&mut state, GuestAddress(address)).is_err() {
             return RESULT_INVALID;
         }
-        let Some(start) = ColdStart::parse(&state) else { return RESULT_UNREADABLE };
+        let Some(start) = ColdStart::parse(&state) else {
+            return or_end(self.resume_full(address, machine), machine);
+        };
         if let Err(fault) = self.start_cold(&start, machine) {
             machine.end(Outcome::Fault(fault));
         }
@@ -159,17 +178,42 @@ impl Vcpu {
     }
 
     fn start_cold(&mut self, start: &ColdStart, machine: &Machine) -> Result<(), Fault> {
-        // KVM finishes the write to RESUME in the next KVM_RUN: before the registers are set, or
-        // it would move the new instruction pointer.
-        self.fd.set_kvm_immediate_exit(1);
-        let _ = self.fd.run();
-        self.fd.set_kvm_immediate_exit(0);
+        self.finish_access(machine)?;
         machine.hand_over()?;
         self.reset.set_cold(&self.fd, start)?;
         machine.noded.tell(VmmEvent::Resumed);
         machine.drop_boot_soon();
         Ok(())
     }
+}
+
+/// Answers an exit; what the guest asks of the control device is for the caller to carry out.
+pub fn answer(exit: VcpuExit<'_>, id: u32, machine: &Machine) -> Result<Option<Request>, Outcome> {
+    match exit {
+        VcpuExit::IoOut(port, data) => machine.bus.port_write(port, data),
+        VcpuExit::IoIn(port, data) => machine.bus.port_read(port, data),
+        VcpuExit::MmioRead(address, data) => machine.bus.read(address, data),
+        VcpuExit::MmioWrite(address, data) => return Ok(machine.bus.write(address, data)),
+        // Triple fault, a reset by a way of its own, or an instruction that KVM cannot emulate
+        // where the guest uses it: all the guest's doing.
+        VcpuExit::Shutdown | VcpuExit::SystemEvent(..) | VcpuExit::InternalError => {
+            return Err(Outcome::Reset);
+        }
+        VcpuExit::Intr => {}
+        other => {
+            let text = format!("vCPU {id} stopped: {other:?}");
+            return Err(Outcome::Fault(Fault::new(Part::Vcpu, text)));
+        }
+    }
+    Ok(None)
+}
+
+/// A command's result; a fault ends the machine.
+fn or_end(done: Result<u32, Fault>, machine: &Machine) -> u32 {
+    done.unwrap_or_else(|fault| {
+        machine.end(Outcome::Fault(fault));
+        RESULT_INVALID
+    })
 }
 
 fn pay(token: PaymentToken, machine: &Machine) -> u32 {

@@ -6,10 +6,14 @@ use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
 
 use virtio_queue::{DescriptorChain, Queue, Reader, Writer};
+use vm_memory::bitmap::{AtomicBitmap, BS};
 
 use super::ring::{self, Served};
 use super::{Broken, Device};
 use crate::memory::View;
+
+/// Guest memory whose writes are noted.
+type Noted<'a> = BS<'a, AtomicBitmap>;
 
 const SECTOR_SIZE: u64 = 512;
 /// Copied at once between file and guest.
@@ -70,8 +74,8 @@ impl Blk {
     fn carry_out(
         &mut self,
         header: [u8; 16],
-        reader: &mut Reader,
-        writer: &mut Writer,
+        reader: &mut Reader<'_, Noted<'_>>,
+        writer: &mut Writer<'_, Noted<'_>>,
     ) -> Result<(), Refusal> {
         let [kind, _, low, high] =
             [0, 4, 8, 12].map(|at| u32::from_le_bytes([0, 1, 2, 3].map(|byte| header[at + byte])));
@@ -104,7 +108,7 @@ impl Blk {
             .ok_or(Refusal::Failed)
     }
 
-    fn read(&mut self, mut at: u64, writer: &mut Writer) -> Result<(), Refusal> {
+    fn read(&mut self, mut at: u64, writer: &mut Writer<'_, Noted<'_>>) -> Result<(), Refusal> {
         while writer.available_bytes() > 0 {
             let size = writer.available_bytes().min(CHUNK_SIZE);
             self.file.read_exact_at(&mut self.chunk[..size], at)?;
@@ -114,7 +118,7 @@ impl Blk {
         Ok(())
     }
 
-    fn write(&mut self, mut at: u64, reader: &mut Reader) -> Result<(), Refusal> {
+    fn write(&mut self, mut at: u64, reader: &mut Reader<'_, Noted<'_>>) -> Result<(), Refusal> {
         while reader.available_bytes() > 0 {
             let size = reader.available_bytes().min(CHUNK_SIZE);
             reader.read_exact(&mut self.chunk[..size])?;

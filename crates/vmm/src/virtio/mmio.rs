@@ -9,11 +9,12 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use virtio_queue::{Queue, QueueT};
+use onde_wire::bytes::Reader;
+use virtio_queue::{Queue, QueueState, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::ring::Served;
-use super::{Device, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Interrupt};
+use super::{Device, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Interrupt, Outgoing};
 use crate::memory::View;
 
 /// Register offsets.
@@ -113,6 +114,38 @@ impl Slot {
         transport.view = ram;
         transport.device.hand_over();
     }
+
+    /// FREEZE and its undoing: what the device may send from here on.
+    pub fn hold(&self, outgoing: Outgoing) {
+        self.lock().device.hold(outgoing);
+    }
+
+    /// FREEZE: the state of transport and rings. The devices behind them have none of their own: a frame that
+    /// waits for a buffer is lost to the copy, as on any network.
+    pub fn save(&self) -> Vec<u8> {
+        self.lock().save()
+    }
+
+    /// Reads what [`Self::save`] wrote, for [`Self::load`].
+    pub fn parse(&self, bytes: &[u8]) -> Option<Saved> {
+        self.lock().parse(bytes)
+    }
+
+    /// RESUME of a copy, after [`Self::hand_over`]: goes on where the device stopped.
+    pub fn load(&self, saved: Saved) {
+        self.lock().load(saved);
+    }
+}
+
+/// A device's state, checked.
+pub struct Saved {
+    queue_select: u32,
+    device_features_select: u32,
+    driver_features_select: u32,
+    driver_features: u64,
+    status: u32,
+    interrupt: u32,
+    queues: Vec<Queue>,
 }
 
 struct Transport {
@@ -288,6 +321,82 @@ impl Transport {
         }
     }
 
+    fn save(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        out.extend(self.device.id().to_le_bytes());
+        out.extend(self.queue_select.to_le_bytes());
+        out.extend(self.device_features_select.to_le_bytes());
+        out.extend(self.driver_features_select.to_le_bytes());
+        out.extend(self.driver_features.to_le_bytes());
+        out.extend(self.status.to_le_bytes());
+        out.extend(self.interrupt.status().to_le_bytes());
+        for queue in &self.queues {
+            let state = queue.state();
+            for value in [state.size, state.next_avail, state.next_used] {
+                out.extend(value.to_le_bytes());
+            }
+            out.extend([u8::from(state.event_idx_enabled), u8::from(state.ready)]);
+            for address in [state.desc_table, state.avail_ring, state.used_ring] {
+                out.extend(address.to_le_bytes());
+            }
+        }
+        out
+    }
+
+    fn parse(&self, bytes: &[u8]) -> Option<Saved> {
+        let mut r = Reader::new(bytes);
+        if r.u32()? != self.device.id() {
+            return None;
+        }
+        let mut saved = Saved {
+            queue_select: r.u32()?,
+            device_features_select: r.u32()?,
+            driver_features_select: r.u32()?,
+            driver_features: r.u64()?,
+            status: r.u32()?,
+            interrupt: r.u32()?,
+            queues: Vec::new(),
+        };
+        if saved.driver_features & !self.offered() != 0 {
+            return None;
+        }
+        for queue in &self.queues {
+            let state = QueueState {
+                max_size: queue.max_size(),
+                size: r.u16()?,
+                next_avail: r.u16()?,
+                next_used: r.u16()?,
+                event_idx_enabled: r.u8()? == 1,
+                ready: r.u8()? == 1,
+                desc_table: r.u64()?,
+                avail_ring: r.u64()?,
+                used_ring: r.u64()?,
+            };
+            saved.queues.push(state.try_into().ok()?);
+        }
+        r.rest().is_empty().then_some(saved)
+    }
+
+    fn load(&mut self, saved: Saved) {
+        self.queue_select = saved.queue_select;
+        self.device_features_select = saved.device_features_select;
+        self.driver_features_select = saved.driver_features_select;
+        self.driver_features = saved.driver_features;
+        self.status = saved.status;
+        self.queues = saved.queues;
+        for queue in &mut self.queues {
+            // A ring that lies outside of RAM is not served.
+            let good = queue.ready() && queue.is_valid(&*self.view);
+            queue.set_ready(good);
+        }
+        self.interrupt.load(saved.interrupt);
+        let running = status::DRIVER_OK | status::FEATURES_OK;
+        if self.status & (running | status::NEEDS_RESET) == running {
+            // Rings that the copy's source was rung for and had not served are served now.
+            self.start();
+        }
+    }
+
     /// The driver broke the rules: no more service until it resets the device.
     fn fail(&mut self) {
         self.status |= status::NEEDS_RESET;
@@ -408,6 +517,26 @@ mod tests {
         assert_eq!((line.read().unwrap(), get(&slot, reg::INTERRUPT_STATUS)), (1, 1));
         set(&slot, &[(reg::INTERRUPT_ACK, 1)]);
         assert_eq!(get(&slot, reg::INTERRUPT_STATUS), 0);
+    }
+
+    #[test]
+    fn a_copy_goes_on_where_its_source_stopped() {
+        let view = view();
+        let (source, ..) = serve_one(view.clone());
+        let saved = source.save();
+        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap()));
+        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+        let kicks = vec![kick.try_clone().unwrap()];
+        let copy = Slot::new(Box::new(Rng), interrupt, kicks, view);
+        copy.load(copy.parse(&saved).unwrap());
+        assert_eq!(copy.save(), saved);
+        assert_eq!(get(&copy, reg::INTERRUPT_STATUS), 1);
+        assert!(line.read().is_ok() && kick.read().is_ok(), "an interrupt or a ring was lost");
+        (0..saved.len()).for_each(|size| assert!(copy.parse(&saved[..size]).is_none()));
+        let mut other = saved.clone();
+        other[0] ^= 1;
+        assert!(copy.parse(&other).is_none(), "took another device's state");
     }
 
     #[test]

@@ -3,6 +3,7 @@
 //! through an eventfd; none knows KVM, so all of it is tested on any host.
 
 pub mod blk;
+pub mod flow;
 pub mod mmio;
 pub mod net;
 pub mod ring;
@@ -50,6 +51,17 @@ pub trait Device: Send {
     ) -> Result<ring::Served, Broken>;
     /// RESUME was done: from here on the device belongs to the guest, not to mstrap.
     fn hand_over(&mut self) {}
+    /// What leaves: all, or this alone.
+    fn hold(&mut self, _outgoing: Outgoing) {}
+}
+
+/// What a machine sends: everything, unless it was saved and its copy may run already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outgoing {
+    /// All frames.
+    All,
+    /// Those of the one connection, if any.
+    Only(Option<flow::Flow>),
 }
 
 /// A device's interrupt line and the register that says why it was raised. Outside the lock, as
@@ -79,6 +91,15 @@ impl Interrupt {
     /// The register's value.
     pub fn status(&self) -> u32 {
         self.status.load(Ordering::SeqCst)
+    }
+
+    /// RESUME of a copy: the register as it was, and the interrupt once more where it is due, as the first one may have
+    /// been on its way.
+    fn load(&self, status: u32) {
+        self.status.store(status, Ordering::SeqCst);
+        if status != 0 {
+            self.raise(status);
+        }
     }
 
     /// Clears the bits that the guest has seen.

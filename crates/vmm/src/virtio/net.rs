@@ -1,16 +1,18 @@
 //! virtio-net (virtio 1.2, 5.1) on the VM's tap: frames with their `virtio_net_hdr` go through
 //! one buffer in each direction. Checksum and segmentation work is left to whoever is able.
-//! It never looks into a frame: which packets a VM may send is enforced outside of this process.
+//! It looks into a frame only after FREEZE, for FLOW; which packets a VM may send at all is enforced
+//! outside of this process.
 
 use std::io::{self, ErrorKind, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
 use virtio_queue::{Queue, QueueT, Writer};
+use vm_memory::bitmap::{AtomicBitmap, BS};
 
 use super::ring::{self, BUDGET, Served};
-use super::{Broken, Device};
-use crate::descriptors::Tap;
+use super::{Broken, Device, Outgoing};
+use crate::descriptors::{Tap, VNET_HEADER_SIZE};
 use crate::memory::View;
 
 /// Positions of the queues.
@@ -39,6 +41,9 @@ const FRAME_SIZE_MAX: usize = 68 << 10;
 const MERGE_MAX: usize = 64;
 /// Where the header holds the number of buffers.
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
+
+/// A buffer for a received frame: the head of its chain, and what writes to it.
+type Buffer<'a> = (u16, Writer<'a, BS<'a, AtomicBitmap>>);
 
 /// Tells a vCPU that waits in IDLE that a frame was delivered.
 #[derive(Default)]
@@ -100,6 +105,7 @@ pub struct Net<L> {
     received: Box<[u8]>,
     received_size: usize,
     sent: Box<[u8]>,
+    outgoing: Outgoing,
 }
 
 impl<L: Link> Net<L> {
@@ -114,6 +120,7 @@ impl<L: Link> Net<L> {
             received: vec![0; FRAME_SIZE_MAX].into(),
             received_size: 0,
             sent: vec![0; FRAME_SIZE_MAX].into(),
+            outgoing: Outgoing::All,
         }
     }
 
@@ -123,8 +130,10 @@ impl<L: Link> Net<L> {
             let size = reader.available_bytes();
             let Some(frame) = self.sent.get_mut(..size) else { return Ok(0) };
             reader.read_exact(frame).map_err(|_| Broken)?;
-            // A frame that the tap does not take is lost, as on any network.
-            let _ = self.link.write(frame);
+            if leaves(&self.outgoing, frame) {
+                // A frame that the tap does not take is lost, as on any network.
+                let _ = self.link.write(frame);
+            }
             Ok(0)
         })
     }
@@ -195,7 +204,7 @@ impl<L: Link> Net<L> {
         &self,
         queue: &mut Queue,
         view: &'a View,
-    ) -> Result<Option<Vec<(u16, Writer<'a>)>>, Broken> {
+    ) -> Result<Option<Vec<Buffer<'a>>>, Broken> {
         let mut buffers = Vec::new();
         let mut room = 0;
         let most = if self.merge { MERGE_MAX } else { 1 };
@@ -253,6 +262,20 @@ impl<L: Link> Device for Net<L> {
 
     fn hand_over(&mut self) {
         self.mac = self.guest_mac;
+    }
+
+    fn hold(&mut self, outgoing: Outgoing) {
+        self.outgoing = outgoing;
+    }
+}
+
+fn leaves(outgoing: &Outgoing, frame: &[u8]) -> bool {
+    match outgoing {
+        Outgoing::All => true,
+        Outgoing::Only(flow) => {
+            let ethernet = frame.get(VNET_HEADER_SIZE..).unwrap_or(&[]);
+            flow.is_some_and(|flow| flow.has(ethernet))
+        }
     }
 }
 
@@ -361,9 +384,14 @@ mod tests {
         mock.add_desc_chains(&chains.map(RawDescriptor::from), 0).unwrap();
         let mut queues = [Queue::new(16).unwrap(), mock.create_queue().unwrap()];
         let mut net = net(&[], feature::GUEST_CSUM | feature::GUEST_TSO4);
+        net.hold(Outgoing::Only(None));
+        net.process(&mut queues, TX, &view).unwrap();
+        assert_eq!((queues[TX].next_used(), net.link.outgoing.len()), (2, 0), "a frame got out");
+        net.hold(Outgoing::All);
+        mock.add_desc_chains(&chains.map(RawDescriptor::from), 3).unwrap();
         net.process(&mut queues, TX, &view).unwrap();
         assert_eq!(net.link.outgoing, [b"0123456789ab frame".to_vec()]);
-        assert_eq!((queues[TX].next_used(), net.link.offload), (2, 3));
+        assert_eq!((queues[TX].next_used(), net.link.offload), (4, 3));
     }
 
     #[test]

@@ -1,0 +1,148 @@
+//! Where vCPU threads stand still together: one of them calls the others out of the guest, has each save or load
+//! its own vCPU (no thread ever touches another's), does what it must, and lets them go.
+//!
+//! ```text
+//!   caller:  call --- own vCPU --- all() waits --- works on the machine --- release
+//!   others:  (kicked) called() --- own vCPU --- answer() waits ------------ back to the guest
+//! ```
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::kvm::vcpu::Thread;
+use crate::kvm::vcpu_state::VcpuState;
+
+/// What each vCPU thread is called for.
+pub enum Call {
+    /// To save its vCPU.
+    Save,
+    /// To load this into its vCPU.
+    Load(Box<VcpuState>),
+}
+
+/// The meeting place.
+pub struct Gathering {
+    inner: Mutex<Inner>,
+    changed: Condvar,
+    /// Whether a call is on, to be asked before each KVM_RUN without the lock.
+    on: AtomicBool,
+}
+
+struct Inner {
+    /// By vCPU, from the time its thread started.
+    threads: Vec<Option<Thread>>,
+    /// What each vCPU has still to do.
+    calls: Vec<Option<Call>>,
+    /// What each vCPU answered: a state where it was to save one.
+    answers: Vec<Option<Option<VcpuState>>>,
+    on: bool,
+    ended: bool,
+}
+
+impl Gathering {
+    /// For this many vCPUs.
+    pub fn new(vcpus: u32) -> Self {
+        let inner = Inner {
+            threads: (0..vcpus).map(|_| None).collect(),
+            calls: Vec::new(),
+            answers: Vec::new(),
+            on: false,
+            ended: false,
+        };
+        Self { inner: Mutex::new(inner), changed: Condvar::new(), on: AtomicBool::new(false) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A vCPU's thread is there, before its first KVM_RUN.
+    pub fn join(&self, id: u32, thread: Thread) {
+        self.lock().threads[id as usize] = Some(thread);
+    }
+
+    /// Calls all vCPUs, `id` being the caller's; false where another call is on.
+    pub fn call(&self, id: u32, calls: Vec<Call>) -> bool {
+        let mut inner = self.lock();
+        if inner.on {
+            return false;
+        }
+        assert_eq!(calls.len(), inner.threads.len());
+        inner.on = true;
+        inner.answers = calls.iter().map(|_| None).collect();
+        inner.calls = calls.into_iter().map(Some).collect();
+        self.on.store(true, Ordering::SeqCst);
+        for (other, thread) in inner.threads.iter().enumerate() {
+            // One that is not there yet looks before its first KVM_RUN.
+            if let (Some(thread), true) = (thread, other != id as usize) {
+                thread.kick();
+            }
+        }
+        true
+    }
+
+    /// What vCPU `id` is called for, if it is. The caller's own part is here, too.
+    pub fn called(&self, id: u32) -> Option<Call> {
+        if !self.on.load(Ordering::SeqCst) {
+            return None;
+        }
+        self.lock().calls.get_mut(id as usize)?.take()
+    }
+
+    /// Another vCPU's answer: gives it and stands still until the caller is done.
+    pub fn answer(&self, id: u32, state: Option<VcpuState>) {
+        let mut inner = self.lock();
+        inner.answers[id as usize] = Some(state);
+        self.changed.notify_all();
+        let until = |inner: &mut Inner| inner.on && !inner.ended;
+        drop(self.changed.wait_while(inner, until).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// The caller's own answer: waits for all others'. By vCPU; `None` if the machine ended meanwhile.
+    pub fn all(&self, id: u32, state: Option<VcpuState>) -> Option<Vec<Option<VcpuState>>> {
+        let mut inner = self.lock();
+        inner.answers[id as usize] = Some(state);
+        let until = |inner: &mut Inner| inner.answers.iter().any(Option::is_none) && !inner.ended;
+        let mut inner =
+            self.changed.wait_while(inner, until).unwrap_or_else(PoisonError::into_inner);
+        std::mem::take(&mut inner.answers).into_iter().collect()
+    }
+
+    /// Lets all vCPUs go.
+    pub fn release(&self) {
+        self.lock().on = false;
+        self.on.store(false, Ordering::SeqCst);
+        self.changed.notify_all();
+    }
+
+    /// The machine ended: nobody waits any more.
+    pub fn end(&self) {
+        self.lock().ended = true;
+        self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_calls_and_all_stand_still() {
+        let gathering = Gathering::new(2);
+        assert!(gathering.called(1).is_none());
+        assert!(gathering.call(0, vec![Call::Save, Call::Save]));
+        assert!(!gathering.call(1, vec![Call::Save, Call::Save]));
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                assert!(matches!(gathering.called(1), Some(Call::Save)));
+                assert!(gathering.called(1).is_none(), "one call is answered once");
+                gathering.answer(1, None);
+            });
+            assert_eq!(gathering.all(0, None).map(|answers| answers.len()), Some(2));
+            gathering.release();
+        });
+        assert!(gathering.call(1, vec![Call::Save, Call::Save]));
+        gathering.end();
+        assert!(gathering.all(1, None).is_none(), "nobody answers in a machine that ended");
+    }
+}

@@ -1,0 +1,81 @@
+//! What of a virtual machine FREEZE saves beside its vCPUs, and the log of the pages that its guest writes.
+
+use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_irqchip};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::{SLOT_RAM, Vm, plain};
+use crate::fault::{Context, Fault, Part};
+use crate::memory::View;
+
+/// The CPUID leaves that tell which instructions there are: a copy must find all of them the same.
+const FEATURE_LEAVES: [u32; 6] = [0, 1, 7, 0xD, 0x8000_0001, 0x4000_0001];
+
+/// The clock and the I/O APIC.
+pub struct VmState {
+    ioapic: kvm_irqchip,
+    /// KVM's clock, nanoseconds.
+    pub clock_ns: u64,
+}
+
+impl VmState {
+    /// Reads a state; `None` where it is none of an I/O APIC.
+    pub fn parse(ioapic: &[u8], clock_ns: u64) -> Option<Self> {
+        let ioapic: kvm_irqchip = plain::parse(ioapic)?;
+        (ioapic.chip_id == KVM_IRQCHIP_IOAPIC).then_some(Self { ioapic, clock_ns })
+    }
+
+    /// The I/O APIC's bytes.
+    pub fn ioapic(&self) -> Vec<u8> {
+        plain::bytes(&self.ioapic).to_vec()
+    }
+}
+
+impl Vm {
+    /// Starts or ends noting which pages the guest writes; at the start there are none.
+    pub fn log_writes(&self, ram: &View, on: bool) -> Result<(), Fault> {
+        let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
+        for (slot, region) in (SLOT_RAM..).zip(ram.iter()) {
+            self.set_slot(slot, region.start_addr().0, region, flags)
+                .fault(Part::Kvm, "log writes")?;
+        }
+        Ok(())
+    }
+
+    /// The pages that the guest wrote in RAM region `index` since the last call, one bit each.
+    pub fn take_log(&self, index: usize, size: u64) -> Result<Vec<u64>, Fault> {
+        let slot = SLOT_RAM + index as u32;
+        self.fd.get_dirty_log(slot, size as usize).fault(Part::Kvm, "read the log of writes")
+    }
+
+    /// The CPU features that matter to a guest which goes on here.
+    pub fn cpu(&self) -> Vec<u8> {
+        let mut out = Vec::new();
+        for entry in self.cpuid.as_slice() {
+            if !FEATURE_LEAVES.contains(&entry.function) {
+                continue;
+            }
+            // In leaf 1 EBX numbers the CPU that was asked; in leaf 0xD it is the present size, not the largest.
+            let ebx = if matches!(entry.function, 1 | 0xD) { 0 } else { entry.ebx };
+            for word in [entry.function, entry.index, entry.eax, ebx, entry.ecx, entry.edx] {
+                out.extend(word.to_le_bytes());
+            }
+        }
+        out
+    }
+
+    /// Reads clock and I/O APIC while no vCPU runs.
+    pub fn save(&self) -> Result<VmState, Fault> {
+        let mut ioapic = kvm_irqchip { chip_id: KVM_IRQCHIP_IOAPIC, ..Default::default() };
+        self.fd.get_irqchip(&mut ioapic).fault(Part::Kvm, "read the I/O APIC")?;
+        let clock_ns = self.fd.get_clock().fault(Part::Kvm, "read the clock")?.clock;
+        Ok(VmState { ioapic, clock_ns })
+    }
+
+    /// Sets them, after all vCPUs: the I/O APIC may hand what it holds to a local APIC at once, and the clock is
+    /// counted from the vCPUs' TSC.
+    pub fn load(&self, state: &VmState) -> Result<(), Fault> {
+        self.fd.set_irqchip(&state.ioapic).fault(Part::Kvm, "set the I/O APIC")?;
+        let clock = kvm_clock_data { clock: state.clock_ns, ..Default::default() };
+        self.fd.set_clock(&clock).fault(Part::Kvm, "set the clock")
+    }
+}

@@ -1,0 +1,112 @@
+//! FREEZE and its other end, RESUME of a full state, as vCPU threads see them: all stand still, each saves or loads its
+//! own vCPU, one of them (the caller) sees to the rest of the machine.
+
+use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, RESULT_UNREADABLE};
+use onde_wire::machine::{STATE_SIZE_MAX, VmmEvent};
+use vm_memory::{Bytes, GuestAddress};
+
+use super::vcpu::Vcpu;
+use super::vcpu_state::VcpuState;
+use crate::fault::{Fault, Part};
+use crate::gathering::Call;
+use crate::machine::Machine;
+use crate::state::{self, HEAD_SIZE};
+
+/// Exits after which an access is done: a string instruction of a page makes one for each byte at most.
+const ACCESS_EXITS_MAX: usize = 8192;
+
+impl Vcpu {
+    /// Before each KVM_RUN: does what another vCPU's thread called for, then stands still until that is done.
+    pub fn attend(&mut self, machine: &Machine) -> Result<(), Fault> {
+        let Some(call) = machine.gathering.called(self.id) else { return Ok(()) };
+        self.finish_access(machine)?;
+        let answer = match call {
+            Call::Save => Some(VcpuState::save(&self.fd, &self.msrs)?),
+            Call::Load(state) => {
+                state.load(&self.fd)?;
+                None
+            }
+        };
+        machine.gathering.answer(self.id, answer);
+        Ok(())
+    }
+
+    /// Has KVM finish the access of the last exit, which it does at the next KVM_RUN only: before that
+    /// the instruction pointer is still at it.
+    pub fn finish_access(&mut self, machine: &Machine) -> Result<(), Fault> {
+        self.fd.set_kvm_immediate_exit(1);
+        let done = self.run_to_interruption(machine);
+        self.fd.set_kvm_immediate_exit(0);
+        done
+    }
+
+    fn run_to_interruption(&mut self, machine: &Machine) -> Result<(), Fault> {
+        for _ in 0..ACCESS_EXITS_MAX {
+            match self.fd.run() {
+                Err(error) if error.errno() == libc::EINTR => return Ok(()),
+                // A vCPU that waits to be started may say this instead.
+                Err(error) if error.errno() == libc::EAGAIN => return Ok(()),
+                Err(error) => {
+                    return Err(Fault::new(Part::Vcpu, format!("finish an access: {error}")));
+                }
+                // An access in several parts goes on. A command cannot be among them: those registers are whole words.
+                Ok(exit) => _ = super::vcpu::answer(exit, self.id, machine),
+            }
+        }
+        Err(Fault::new(Part::Vcpu, "an access does not end"))
+    }
+
+    /// FREEZE, for a copy with `role`.
+    pub fn freeze(&mut self, role: u32, machine: &Machine) -> Result<u32, Fault> {
+        let calls = (0..machine.shape.vcpus).map(|_| Call::Save).collect();
+        if !machine.gathering.call(self.id, calls) {
+            return Ok(RESULT_INVALID);
+        }
+        // Its own part in it, which nobody else takes.
+        let _ = machine.gathering.called(self.id);
+        self.finish_access(machine)?;
+        let own = VcpuState::save(&self.fd, &self.msrs)?;
+        let Some(states) = machine.gathering.all(self.id, Some(own)) else { return Ok(RESULT_OK) };
+        let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
+        let result = machine.freeze(role, vcpus)?;
+        machine.gathering.release();
+        Ok(result)
+    }
+
+    /// RESUME of the full state at `address`: from here on all vCPUs are the guest's.
+    pub fn resume_full(&mut self, address: u64, machine: &Machine) -> Result<u32, Fault> {
+        let Some(view) = machine.boot_view() else { return Ok(RESULT_INVALID) };
+        let mut head = [0; HEAD_SIZE];
+        let address = GuestAddress(address);
+        let size = view.read_slice(&mut head, address).ok().and_then(|()| state::size(&head));
+        let Some(size) = size else { return Ok(RESULT_UNREADABLE) };
+        assert!(size <= STATE_SIZE_MAX as usize);
+        let mut bytes = vec![0; size];
+        if view.read_slice(&mut bytes, address).is_err() {
+            return Ok(RESULT_INVALID);
+        }
+        drop(view);
+        let Some(mut copy) = machine.parse_copy(&bytes) else { return Ok(RESULT_UNREADABLE) };
+        let calls = std::mem::take(&mut copy.vcpus)
+            .into_iter()
+            .map(|vcpu| Call::Load(Box::new(vcpu)))
+            .collect();
+        if !machine.gathering.call(self.id, calls) {
+            return Ok(RESULT_INVALID);
+        }
+        self.finish_access(machine)?;
+        let _turn = machine.io_turn();
+        machine.reset_devices()?;
+        if let Some(Call::Load(own)) = machine.gathering.called(self.id) {
+            own.load(&self.fd)?;
+        }
+        if machine.gathering.all(self.id, None).is_none() {
+            return Ok(RESULT_OK);
+        }
+        machine.load_copy(copy)?;
+        machine.gathering.release();
+        machine.noded.tell(VmmEvent::Resumed);
+        machine.drop_boot_soon();
+        Ok(RESULT_OK)
+    }
+}
