@@ -3,14 +3,16 @@
 
 use anyhow::{Context, Result, bail};
 use onde_wire::machine::{INFO_SIZE, INFO_START, Identity};
-use onde_wire::session::MODULES_PATH;
+use onde_wire::session::{CLOCK_OFF_US, MODULES_PATH};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use rustix::process::{Resource, Rlimit};
 use rustix::system::RebootCommand;
+use rustix::time::{ClockId, Timespec, clock_settime};
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io::ErrorKind;
+use std::io::{self, ErrorKind};
+use std::time::{SystemTime, UNIX_EPOCH};
 
 /// File systems of the kernel and where programs look for them. `/run` and `/tmp` are in memory as they are.
 const MOUNTS: [(&str, &str); 5] = [
@@ -105,6 +107,17 @@ pub fn set_host_name(identity: &Identity) -> Result<()> {
     let prefix: String = identity.job[..4].iter().map(|byte| format!("{byte:02x}")).collect();
     let name = format!("onde-{prefix}");
     rustix::system::sethostname(name.as_bytes()).context("cannot set the host name")
+}
+
+/// Sets the clock to what the customer's says, if it is off: the machine has none of its own to ask.
+pub fn set_clock(unix_us: u64) -> io::Result<()> {
+    let own = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
+    if own.abs_diff(unix_us.into()) < CLOCK_OFF_US.into() {
+        return Ok(());
+    }
+    let tv_sec = i64::try_from(unix_us / 1_000_000).map_err(io::Error::other)?;
+    let tv_nsec = (unix_us % 1_000_000 * 1000) as i64;
+    Ok(clock_settime(ClockId::Realtime, Timespec { tv_sec, tv_nsec })?)
 }
 
 /// Ends the machine. Nothing is written back: all of it is memory.

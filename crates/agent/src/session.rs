@@ -15,7 +15,7 @@ use std::time::Duration;
 use crate::children::{Children, spawn_thread};
 use crate::copied::become_other;
 use crate::door::Door;
-use crate::guest::power_off;
+use crate::guest::{power_off, set_clock};
 use crate::machine::{Devices, Machine};
 use crate::program::{Cursor, Joined, Program, Step};
 use crate::snapshot::{self, Failed, Outcome, Sink};
@@ -71,8 +71,10 @@ pub fn serve<T>(guest: &Guest, channel: Channel, stranger: T) -> io::Result<()> 
     reader.stream().set_timeout(Some(FIRST_FRAME_TIMEOUT))?;
     let frame = reader.client()?;
     drop(stranger);
-    if frame == ClientFrame::Snapshot {
-        return snapshot(guest, &mut writer);
+    match frame {
+        ClientFrame::Snapshot => return snapshot(guest, &mut writer),
+        ClientFrame::Clock(unix_us) => return set_clock(unix_us),
+        _ => {}
     }
     let opened = open(guest, frame);
     let session = match opened {
@@ -202,7 +204,8 @@ impl Session {
             ClientFrame::Attach { .. }
             | ClientFrame::Exec(_)
             | ClientFrame::Detach
-            | ClientFrame::Snapshot => return None,
+            | ClientFrame::Snapshot
+            | ClientFrame::Clock(_) => return None,
         }
         Some(())
     }

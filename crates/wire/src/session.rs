@@ -7,6 +7,7 @@
 //!  agent   STARTED or ERROR, then OUTPUT and ACCEPTED, at last EXITED
 //!  client  SNAPSHOT, and nothing more
 //!  agent   STREAM and ROUND, at last TAKEN; or ERROR
+//!  client  CLOCK, and nothing more; nothing is answered
 //! ```
 //! Output and input are numbered by byte, so that a client that lost its connection goes on where
 //! it was: OUTPUT's offset counts both streams of the program from its start, STDIN's offset counts what
@@ -37,6 +38,8 @@ pub const GRACE_MS: u64 = 60_000;
 pub const STRINGS_MAX: usize = 8192;
 /// Longest text of an ERROR, bytes.
 pub const ERROR_TEXT_MAX: usize = 1024;
+/// A guest's clock that is wrong by less is left as it is: setting it costs more than it gives.
+pub const CLOCK_OFF_US: u64 = 1_000_000;
 /// In ATTACH: begin behind all output there is now.
 pub const FROM_END: u64 = u64::MAX;
 
@@ -155,6 +158,9 @@ pub enum ClientFrame<'a> {
     Detach,
     /// First frame: copy the whole running machine into this session.
     Snapshot,
+    /// First frame: microseconds since 1970 by the client's clock, for a guest that slept in a file. One that is off by
+    /// [`CLOCK_OFF_US`] or more is set.
+    Clock(u64),
 }
 
 /// A round of a snapshot: memory that was written meanwhile is sent again.
@@ -273,6 +279,7 @@ const WINDOW: u8 = 6;
 const ACK: u8 = 7;
 const DETACH: u8 = 8;
 const SNAPSHOT: u8 = 9;
+const CLOCK: u8 = 10;
 const STARTED: u8 = 16;
 const OUTPUT: u8 = 17;
 const ACCEPTED: u8 = 18;
@@ -332,6 +339,7 @@ impl<'a> ClientFrame<'a> {
             Ack(offset) => frame(out, ACK, &[&offset.to_le_bytes()]),
             Detach => frame(out, DETACH, &[]),
             Snapshot => frame(out, SNAPSHOT, &[]),
+            Clock(unix_us) => frame(out, CLOCK, &[&unix_us.to_le_bytes()]),
         }
     }
 
@@ -356,6 +364,7 @@ impl<'a> ClientFrame<'a> {
             ACK => ClientFrame::Ack(r.u64()?),
             DETACH => ClientFrame::Detach,
             SNAPSHOT => ClientFrame::Snapshot,
+            CLOCK => ClientFrame::Clock(r.u64()?),
             _ => return None,
         };
         r.rest().is_empty().then_some(frame)
@@ -486,6 +495,7 @@ mod tests {
         check_client(Ack(258), b"\x07\x08\0\0\0\x02\x01\0\0\0\0\0\0");
         check_client(Detach, b"\x08\0\0\0\0");
         check_client(Snapshot, b"\x09\0\0\0\0");
+        check_client(Clock(258), b"\x0A\x08\0\0\0\x02\x01\0\0\0\0\0\0");
     }
 
     #[test]

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result};
 use onde_client::bootstrap;
 use onde_client::job::Job;
-use onde_client::snapshot::SnapshotFile;
+use onde_client::snapshot::{SnapshotFile, tell_time};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -67,6 +67,10 @@ pub fn run(
 fn wake(cluster: &Cluster, job: &Job, interrupt: &Interrupt, report: &Report) -> Result<()> {
     let begun = Instant::now();
     let awake = bootstrap::connect(&job.handle(), job.guest_ipv4, WAKE_PATIENCE);
+    let awake = awake.map(|channel| {
+        // A guest whose clock is wrong serves all the same.
+        let _ = tell_time(channel);
+    });
     let Err(error) = awake else {
         let ms = begun.elapsed().as_millis();
         report.line(&format!(
