@@ -35,6 +35,9 @@ pub enum Request {
 
 /// Longest wait of one IDLE: the guest's own timers must not be late by more.
 const IDLE_MS_MAX: u32 = 1000;
+/// The two u64 registers that Linux reaches in halves, too.
+const REG_MAGIC_HIGH: u64 = REG_MAGIC + 4;
+const REG_FLOW_END: u64 = REG_FLOW + 8;
 /// Sleep control: bit 5 starts the transition, bits 2-4 say which state (ACPI 6.5, 4.8.3.7).
 const SLEEP_ENABLE: u8 = 1 << 5;
 /// S5, soft off.
@@ -50,7 +53,7 @@ pub struct Control {
     events: u32,
     sleep_control: u8,
     role: u32,
-    flow: u64,
+    flow: [u8; 8],
 }
 
 impl Control {
@@ -59,10 +62,10 @@ impl Control {
         data.fill(0);
         match offset {
             REG_MAGIC => fill(data, &MAGIC.to_le_bytes()),
+            REG_MAGIC_HIGH => fill(data, &MAGIC.to_le_bytes()[4..]),
             REG_VERSION => fill(data, &VERSION.to_le_bytes()),
             REG_RESULT => fill(data, &self.result.to_le_bytes()),
             REG_ROLE => fill(data, &self.role.to_le_bytes()),
-            REG_FLOW => fill(data, &self.flow.to_le_bytes()),
             REG_SLEEP_CONTROL => fill(data, &[self.sleep_control]),
             // The status register's wake bit is never set: no VM wakes up from S5.
             REG_EVENT => fill(data, &std::mem::take(&mut self.events).to_le_bytes()),
@@ -81,7 +84,7 @@ impl Control {
             (REG_FREEZE, _) => Some(Request::Freeze(word(data)?)),
             (REG_COMMIT, _) => word(data).map(|_| Request::Commit),
             (REG_ABORT, _) => word(data).map(|_| Request::Abort),
-            (REG_FLOW, _) => self.set_flow(data),
+            (REG_FLOW..REG_FLOW_END, _) => self.set_flow((offset - REG_FLOW) as usize, data),
             (REG_SLEEP_CONTROL, &[value]) => self.sleep(value),
             (REG_RESET, &[RESET_VALUE]) => Some(Request::Reset),
             (REG_TOKEN.., _) => self.write_token((offset - REG_TOKEN) as usize, data),
@@ -95,8 +98,8 @@ impl Control {
         off.then_some(Request::PowerOff)
     }
 
-    fn set_flow(&mut self, data: &[u8]) -> Option<Request> {
-        self.flow = u64::from_le_bytes(data.try_into().ok()?);
+    fn set_flow(&mut self, at: usize, data: &[u8]) -> Option<Request> {
+        self.flow.get_mut(at..at + data.len())?.copy_from_slice(data);
         None
     }
 
@@ -112,7 +115,7 @@ impl Control {
 
     /// What REG_FLOW holds.
     pub fn flow(&self) -> u64 {
-        self.flow
+        u64::from_le_bytes(self.flow)
     }
 
     /// FREEZE was done: what is read in a copy is no longer read here.
@@ -129,7 +132,7 @@ impl Control {
     pub fn save(&self, role: u32) -> Vec<u8> {
         let mut out = role.to_le_bytes().to_vec();
         out.extend(self.events.to_le_bytes());
-        out.extend(self.flow.to_le_bytes());
+        out.extend(self.flow);
         out.extend(self.token);
         out.push(self.sleep_control);
         out
@@ -138,7 +141,7 @@ impl Control {
     /// Reads what [`Self::save`] wrote.
     pub fn parse(bytes: &[u8]) -> Option<Self> {
         let mut r = Reader::new(bytes);
-        let (role, events, flow) = (r.u32()?, r.u32()?, r.u64()?);
+        let (role, events, flow) = (r.u32()?, r.u32()?, r.array()?);
         let (token, sleep_control) = (r.array()?, r.u8()?);
         let control = Self { result: RESULT_OK, token, events, sleep_control, role, flow };
         r.rest().is_empty().then_some(control)
@@ -213,7 +216,10 @@ mod tests {
     #[test]
     fn a_copy_has_its_role() {
         let mut control = Control::default();
-        control.write(REG_FLOW, &[1, 2, 3, 4, 5, 6, 7, 8]);
+        control.write(REG_FLOW, &[1, 2, 3, 4]);
+        control.write(REG_FLOW + 4, &[5, 6, 7, 8]);
+        control.write(REG_FLOW + 4, &[9; 8]);
+        assert_eq!(control.flow().to_le_bytes(), [1, 2, 3, 4, 5, 6, 7, 8]);
         control.press_power_button();
         control.finish(RESULT_INVALID);
         let saved = control.save(ROLE_FORKED);
@@ -237,6 +243,8 @@ mod tests {
         assert_eq!(events, [1, 0, 0, 0]);
         control.read(REG_EVENT, &mut events);
         assert_eq!(events, [0; 4]);
+        control.read(REG_MAGIC + 4, &mut events);
+        assert_eq!(&events, b"CTRL");
         let mut magic = [0; 8];
         control.read(REG_MAGIC, &mut magic);
         assert_eq!(&magic, b"ONDECTRL");
