@@ -40,9 +40,7 @@ impl Devices {
     pub fn open() -> io::Result<Self> {
         let control = Window::map_registers(CONTROL_START, PAGE_SIZE as usize)?;
         let mut magic = [0; 8];
-        for (half, offset) in magic.chunks_mut(4).zip([REG_MAGIC, REG_MAGIC + 4]) {
-            half.copy_from_slice(&control.read_u32(offset as usize).to_le_bytes());
-        }
+        control.read(REG_MAGIC as usize, &mut magic);
         if u64::from_le_bytes(magic) != MAGIC {
             return Err(io::ErrorKind::NotFound.into());
         }
