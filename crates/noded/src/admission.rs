@@ -12,8 +12,8 @@ use crate::node::Config;
 /// Most micro-tokens that a payment token may be worth: with a 32-bit count the balance fits 64 bits.
 const VALUE_MAX: u64 = u32::MAX as u64;
 
-/// Memory that a VM of `mem_mib` takes from the node, MiB: its RAM, the 8 MiB of BOOT, the VMM's own
-/// memory (some MiB, measured), and tables of KVM and the kernel for each page. Also its cgroup's
+/// Memory that a VM of `mem_mib` takes from the node, MiB: its RAM, the 16 MiB of FROZEN (BOOT, 8 MiB, is
+/// gone when that comes), the VMM's own memory (some MiB, measured), and tables of KVM and the kernel for each page. Also its cgroup's
 /// limit: too low and a guest that uses all its RAM is killed, too high and fewer VMs fit.
 pub fn held_mib(mem_mib: u32) -> u32 {
     mem_mib + HELD_BASE_MIB + mem_mib / HELD_SHARE

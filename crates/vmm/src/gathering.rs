@@ -36,6 +36,8 @@ struct Inner {
     /// What each vCPU answered: a state where it was to save one.
     answers: Vec<Option<Option<VcpuState>>>,
     on: bool,
+    /// Calls that are over: whoever stands still goes on when this one is, even if the next is on already.
+    over: u64,
     ended: bool,
 }
 
@@ -47,6 +49,7 @@ impl Gathering {
             calls: Vec::new(),
             answers: Vec::new(),
             on: false,
+            over: 0,
             ended: false,
         };
         Self { inner: Mutex::new(inner), changed: Condvar::new(), on: AtomicBool::new(false) }
@@ -94,7 +97,8 @@ impl Gathering {
         let mut inner = self.lock();
         inner.answers[id as usize] = Some(state);
         self.changed.notify_all();
-        let until = |inner: &mut Inner| inner.on && !inner.ended;
+        let over = inner.over;
+        let until = |inner: &mut Inner| inner.over == over && !inner.ended;
         drop(self.changed.wait_while(inner, until).unwrap_or_else(PoisonError::into_inner));
     }
 
@@ -110,8 +114,12 @@ impl Gathering {
 
     /// Lets all vCPUs go.
     pub fn release(&self) {
-        self.lock().on = false;
+        let mut inner = self.lock();
+        inner.on = false;
+        inner.over += 1;
+        // Under the lock: the next call may come at once.
         self.on.store(false, Ordering::SeqCst);
+        drop(inner);
         self.changed.notify_all();
     }
 

@@ -6,16 +6,17 @@
 //!   new -> mstrap runs -> RESUME (hand_over) -> guest runs -> BOOT dropped -> end(outcome)
 //! ```
 
+mod copying;
+
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, ROLE_FORKED, ROLE_MOVED};
 use onde_wire::machine::{
-    ACPI_START, GED_GSI, INFO_SIZE, INFO_TSC_KHZ, Identity, SERIAL_GSI, VIRTIO_GSI, VIRTIO_NET,
-    VIRTIO_START, VIRTIO_STRIDE,
+    ACPI_START, GED_GSI, INFO_SIZE, INFO_TSC_KHZ, Identity, SERIAL_GSI, VIRTIO_GSI, VIRTIO_START,
+    VIRTIO_STRIDE,
 };
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
@@ -25,23 +26,18 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::{Bus, SerialLine};
 use crate::checkpoint::Checkpoint;
 use crate::console::Console;
-use crate::control::Control;
 use crate::descriptors::{Descriptors, Tap};
 use crate::fault::{Context, Fault, Part};
 use crate::gathering::Gathering;
-use crate::kvm::copying::VmState;
 use crate::kvm::vcpu::Vcpu;
-use crate::kvm::vcpu_state::VcpuState;
 use crate::kvm::{Vm, eventfd};
 use crate::memory::{Memory, View, map_console, map_info};
 use crate::noded::Noded;
-use crate::state::{State, emit_serial, parse_serial};
 use crate::virtio::blk::Blk;
-use crate::virtio::flow::Flow;
-use crate::virtio::mmio::{self, QUEUE_NOTIFY, Slot};
+use crate::virtio::mmio::{QUEUE_NOTIFY, Slot};
 use crate::virtio::net::{Arrivals, Net};
 use crate::virtio::rng::Rng;
-use crate::virtio::{Device, Interrupt, Outgoing};
+use crate::virtio::{Device, Interrupt};
 use crate::{acpi, mstrap};
 
 /// The shape of a machine, from the command line.
@@ -229,16 +225,6 @@ fn plug(
     Ok(Slot::new(device, Arc::new(Interrupt::new(line)), kicks, view.clone()))
 }
 
-/// A full state, checked, for this machine to go on from.
-pub struct Copy {
-    /// By vCPU.
-    pub vcpus: Vec<VcpuState>,
-    vm: VmState,
-    serial: SerialState,
-    control: Control,
-    devices: Vec<mmio::Saved>,
-}
-
 impl Machine {
     fn memory(&self) -> MutexGuard<'_, Memory> {
         self.memory.lock().unwrap_or_else(PoisonError::into_inner)
@@ -258,10 +244,6 @@ impl Machine {
     /// Waits until the I/O thread is between two events, and keeps it there.
     pub fn io_turn(&self) -> MutexGuard<'_, ()> {
         self.io_turn.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn checkpoint(&self) -> MutexGuard<'_, Checkpoint> {
-        self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// RESUME: devices and interrupt controllers as after power-on, none of them able to reach BOOT. Called once, by the
@@ -284,96 +266,6 @@ impl Machine {
         ram.write_slice(&tables, GuestAddress(ACPI_START))
             .and_then(|()| ram.write_slice(&acpi::RESET_CODE, GuestAddress(acpi::RESET_VECTOR)))
             .fault(Part::Memory, "write ACPI tables")
-    }
-
-    /// TRACK.
-    pub fn track(&self, on: bool) -> Result<u32, Fault> {
-        self.checkpoint().track(&self.vm, on).map(|()| RESULT_OK)
-    }
-
-    /// HARVEST.
-    pub fn harvest(&self) -> Result<u32, Fault> {
-        let done = self.checkpoint().harvest(&self.vm)?;
-        Ok(done.err().unwrap_or(RESULT_OK))
-    }
-
-    /// FREEZE, while all vCPUs stand still: saves the rest of the machine beside `vcpus`.
-    pub fn freeze(&self, role: u32, vcpus: Vec<Vec<u8>>) -> Result<u32, Fault> {
-        if ![ROLE_MOVED, ROLE_FORKED].contains(&role) {
-            return Ok(RESULT_INVALID);
-        }
-        let _turn = self.io_turn();
-        let mut checkpoint = self.checkpoint();
-        let pages = match checkpoint.take_dirty(&self.vm)? {
-            Ok(pages) => pages,
-            Err(refused) => return Ok(refused),
-        };
-        checkpoint.fill(&self.save(role, vcpus)?.emit(), pages)?;
-        let mut control = self.bus.control();
-        control.be_source();
-        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::Only(Flow::parse(control.flow())));
-        Ok(RESULT_OK)
-    }
-
-    fn save(&self, role: u32, vcpus: Vec<Vec<u8>>) -> Result<State, Fault> {
-        let vm = self.vm.save()?;
-        Ok(State {
-            shape: self.shape,
-            cpu: self.vm.cpu(),
-            vcpus,
-            ioapic: vm.ioapic(),
-            clock_ns: vm.clock_ns,
-            serial: emit_serial(&self.bus.serial_state()),
-            control: self.bus.control().save(role),
-            devices: self.bus.virtio.iter().map(Slot::save).collect(),
-        })
-    }
-
-    /// COMMIT.
-    pub fn commit(&self) -> u32 {
-        if !self.checkpoint().is_frozen() {
-            return RESULT_INVALID;
-        }
-        self.end(Outcome::PowerOff);
-        RESULT_OK
-    }
-
-    /// ABORT.
-    pub fn abort(&self) -> Result<u32, Fault> {
-        let mut checkpoint = self.checkpoint();
-        if !checkpoint.is_frozen() {
-            return Ok(RESULT_INVALID);
-        }
-        checkpoint.discard()?;
-        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::All);
-        Ok(RESULT_OK)
-    }
-
-    /// Reads a full state; `None` where it is none for this machine.
-    pub fn parse_copy(&self, bytes: &[u8]) -> Option<Copy> {
-        let state = State::parse(bytes, &self.shape, &self.vm.cpu())?;
-        let slots = self.bus.virtio.iter().zip(&state.devices);
-        Some(Copy {
-            vcpus: state.vcpus.iter().map(|vcpu| VcpuState::parse(vcpu)).collect::<Option<_>>()?,
-            vm: VmState::parse(&state.ioapic, state.clock_ns)?,
-            serial: parse_serial(&state.serial)?,
-            control: Control::parse(&state.control)?,
-            devices: slots.map(|(slot, bytes)| slot.parse(bytes)).collect::<Option<_>>()?,
-        })
-    }
-
-    /// RESUME of a copy, after [`Self::reset_devices`] and all vCPUs, which still stand still.
-    pub fn load_copy(&self, copy: Copy) -> Result<(), Fault> {
-        self.vm.load(&copy.vm)?;
-        if copy.control.has_event() {
-            let _ = self.power_line.write(1);
-        }
-        *self.bus.control() = copy.control;
-        self.bus.set_serial(&copy.serial);
-        for (slot, saved) in self.bus.virtio.iter().zip(copy.devices) {
-            slot.load(saved);
-        }
-        Ok(())
     }
 
     /// The guest runs: asks the I/O thread to drop BOOT when it no longer delays the start.

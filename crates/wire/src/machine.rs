@@ -95,16 +95,19 @@ pub mod control {
     /// u32, write: [`ROLE_MOVED`] or [`ROLE_FORKED`], the role of the copy. Stops all vCPUs, saves the machine state and
     /// the pages written since the last HARVEST into the FROZEN window, and goes on; from then on no frame
     /// leaves but those of FLOW, until ABORT or COMMIT. A machine that RESUMEs the saved state goes on at the same
-    /// instruction. RESULT is OK in both; `RESULT_TOO_MANY` where more than `FROZEN_PAGES_MAX` pages are dirty.
+    /// instruction. RESULT is OK in both; `RESULT_TOO_MANY` where more than `FROZEN_PAGES_MAX` pages are dirty (they
+    /// stay so); `RESULT_INVALID` before TRACK and between FREEZE and ABORT.
     pub const REG_FREEZE: u64 = 0x038;
-    /// u32, read: [`ROLE_SOURCE`] in a machine that was not resumed, else what FREEZE was told.
+    /// u32, read: in a copy, the role that FREEZE was told; [`ROLE_SOURCE`] in a machine that is none, and in one that was
+    /// saved after it became one.
     pub const REG_ROLE: u64 = 0x03C;
     /// u32, write (any value): ends this machine after FREEZE, for good.
     pub const REG_COMMIT: u64 = 0x048;
-    /// u32, write (any value): undoes FREEZE: frames leave again.
+    /// u32, write (any value): undoes FREEZE: frames leave again, FROZEN is empty, its pages are dirty again.
     pub const REG_ABORT: u64 = 0x04C;
     /// u64, write: the one TCP connection that is let out after FREEZE: the peer's IPv4 address in bytes 0-3, its port in
-    /// 4-5, the own port in 6-7, all in network order; 0 for none.
+    /// 4-5, the own port in 6-7, all in network order; 0 for none. What it holds at FREEZE counts; may be written in
+    /// halves. ARP about the peer leaves, too.
     pub const REG_FLOW: u64 = 0x050;
     /// u8, read and write: ACPI sleep control register (S5 is type 5).
     pub const REG_SLEEP_CONTROL: u64 = 0x040;

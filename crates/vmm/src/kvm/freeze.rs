@@ -86,8 +86,8 @@ impl Vcpu {
             return Ok(RESULT_INVALID);
         }
         drop(view);
-        let Some(mut copy) = machine.parse_copy(&bytes) else { return Ok(RESULT_UNREADABLE) };
-        let calls = std::mem::take(&mut copy.vcpus)
+        let Some(mut source) = machine.parse_source(&bytes) else { return Ok(RESULT_UNREADABLE) };
+        let calls = std::mem::take(&mut source.vcpus)
             .into_iter()
             .map(|vcpu| Call::Load(Box::new(vcpu)))
             .collect();
@@ -103,7 +103,7 @@ impl Vcpu {
         if machine.gathering.all(self.id, None).is_none() {
             return Ok(RESULT_OK);
         }
-        machine.load_copy(copy)?;
+        machine.load_source(source)?;
         machine.gathering.release();
         machine.noded.tell(VmmEvent::Resumed);
         machine.drop_boot_soon();

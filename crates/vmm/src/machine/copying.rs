@@ -1,0 +1,125 @@
+//! A machine that saves itself, and one that goes on from what another saved: what the control device's commands TRACK
+//! to ABORT do, and RESUME of a full state. Called by vCPU threads; where it says so, all of them stand still.
+
+use std::sync::{MutexGuard, PoisonError};
+
+use onde_wire::machine::VIRTIO_NET;
+use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, ROLE_FORKED, ROLE_MOVED};
+use vm_superio::SerialState;
+
+use super::{Machine, Outcome};
+use crate::checkpoint::Checkpoint;
+use crate::control::Control;
+use crate::fault::Fault;
+use crate::kvm::copying::VmState;
+use crate::kvm::vcpu_state::VcpuState;
+use crate::state::{State, emit_serial, parse_serial};
+use crate::virtio::Outgoing;
+use crate::virtio::flow::Flow;
+use crate::virtio::mmio::{self, Slot};
+
+/// A full state, checked: the machine that this one goes on from.
+pub struct Source {
+    /// By vCPU.
+    pub vcpus: Vec<VcpuState>,
+    vm: VmState,
+    serial: SerialState,
+    control: Control,
+    devices: Vec<mmio::Saved>,
+}
+
+impl Machine {
+    fn checkpoint(&self) -> MutexGuard<'_, Checkpoint> {
+        self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// TRACK.
+    pub fn track(&self, on: bool) -> Result<u32, Fault> {
+        self.checkpoint().track(&self.vm, on).map(|()| RESULT_OK)
+    }
+
+    /// HARVEST.
+    pub fn harvest(&self) -> Result<u32, Fault> {
+        let done = self.checkpoint().harvest(&self.vm)?;
+        Ok(done.err().unwrap_or(RESULT_OK))
+    }
+
+    /// FREEZE, while all vCPUs stand still: saves the rest of the machine beside `vcpus`.
+    pub fn freeze(&self, role: u32, vcpus: Vec<Vec<u8>>) -> Result<u32, Fault> {
+        if ![ROLE_MOVED, ROLE_FORKED].contains(&role) {
+            return Ok(RESULT_INVALID);
+        }
+        let _turn = self.io_turn();
+        let mut checkpoint = self.checkpoint();
+        let pages = match checkpoint.take_dirty(&self.vm)? {
+            Ok(pages) => pages,
+            Err(refused) => return Ok(refused),
+        };
+        checkpoint.fill(&self.save(role, vcpus)?.emit(), pages)?;
+        let mut control = self.bus.control();
+        control.be_source();
+        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::Only(Flow::parse(control.flow())));
+        Ok(RESULT_OK)
+    }
+
+    fn save(&self, role: u32, vcpus: Vec<Vec<u8>>) -> Result<State, Fault> {
+        let vm = self.vm.save()?;
+        Ok(State {
+            shape: self.shape,
+            cpu: self.vm.cpu(),
+            vcpus,
+            ioapic: vm.ioapic(),
+            clock_ns: vm.clock_ns,
+            serial: emit_serial(&self.bus.serial_state()),
+            control: self.bus.control().save(role),
+            devices: self.bus.virtio.iter().map(Slot::save).collect(),
+        })
+    }
+
+    /// COMMIT.
+    pub fn commit(&self) -> u32 {
+        if !self.checkpoint().is_frozen() {
+            return RESULT_INVALID;
+        }
+        self.end(Outcome::PowerOff);
+        RESULT_OK
+    }
+
+    /// ABORT.
+    pub fn abort(&self) -> Result<u32, Fault> {
+        let mut checkpoint = self.checkpoint();
+        if !checkpoint.is_frozen() {
+            return Ok(RESULT_INVALID);
+        }
+        checkpoint.discard()?;
+        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::All);
+        Ok(RESULT_OK)
+    }
+
+    /// Reads a full state; `None` where it is none for this machine.
+    pub fn parse_source(&self, bytes: &[u8]) -> Option<Source> {
+        let state = State::parse(bytes, &self.shape, &self.vm.cpu())?;
+        let slots = self.bus.virtio.iter().zip(&state.devices);
+        Some(Source {
+            vcpus: state.vcpus.iter().map(|vcpu| VcpuState::parse(vcpu)).collect::<Option<_>>()?,
+            vm: VmState::parse(&state.ioapic, state.clock_ns)?,
+            serial: parse_serial(&state.serial)?,
+            control: Control::parse(&state.control)?,
+            devices: slots.map(|(slot, bytes)| slot.parse(bytes)).collect::<Option<_>>()?,
+        })
+    }
+
+    /// RESUME of a copy, after [`Self::reset_devices`] and all vCPUs, which still stand still.
+    pub fn load_source(&self, source: Source) -> Result<(), Fault> {
+        self.vm.load(&source.vm)?;
+        if source.control.has_event() {
+            let _ = self.power_line.write(1);
+        }
+        *self.bus.control() = source.control;
+        self.bus.set_serial(&source.serial);
+        for (slot, saved) in self.bus.virtio.iter().zip(source.devices) {
+            slot.load(saved);
+        }
+        Ok(())
+    }
+}
