@@ -7,6 +7,7 @@
 //! | `http` | requests and answers |
 //! | `accounts`, `sale`, `settle`, `jobs` | money and jobs |
 //! | `ledger` | the store |
+//! | `traversal` | long hash chains, kept as a few values |
 //! | `nodes`, `watch`, `poller` | what nodes say, what it means, how to ask |
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
@@ -20,6 +21,7 @@ pub mod poller;
 pub mod refusal;
 mod sale;
 mod settle;
+pub mod traversal;
 pub mod watch;
 
 use ledger::Ledger;
