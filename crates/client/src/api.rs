@@ -110,6 +110,13 @@ pub struct Prices {
     pub disk_gib_s: u64,
 }
 
+impl From<Prices> for onde_wire::packet::Prices {
+    fn from(prices: Prices) -> Self {
+        let Prices { vcpu_s, gib_s, gib_sent, disk_gib_s } = prices;
+        Self { vcpu_s, gib_s, gib_sent, disk_gib_s }
+    }
+}
+
 /// A node as the broker last saw it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]

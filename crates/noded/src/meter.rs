@@ -7,10 +7,6 @@ use onde_wire::token::BootToken;
 
 use crate::filter::{burst_bytes, is_limited};
 
-/// MiB-milliseconds in a GiB-second.
-const GIB_S: u64 = 1024 * 1000;
-/// Microseconds in a second.
-const SECOND_US: u64 = 1_000_000;
 /// Bytes in a GiB.
 const GIB: u64 = 1 << 30;
 
@@ -52,28 +48,13 @@ impl Meters {
 
     /// What all this costs, micro-tokens.
     pub fn cost_micro(&self, prices: &Prices) -> u64 {
-        total(&[
-            (self.cpu_us, prices.vcpu_s, SECOND_US),
-            (self.mem_mib_ms, prices.gib_s, GIB_S),
-            (self.sent_bytes, prices.gib_sent, GIB),
-            (self.disk_mib_ms, prices.disk_gib_s, GIB_S),
-        ])
+        prices.cost_micro(self.cpu_us, self.mem_mib_ms, self.sent_bytes, self.disk_mib_ms)
     }
-}
-
-/// Sum of used x price / unit, each rounded down.
-fn total(components: &[(u64, u64, u64)]) -> u64 {
-    let cost = |(used, price, unit): &(u64, u64, u64)| {
-        u128::from(*used) * u128::from(*price) / u128::from(*unit)
-    };
-    components.iter().map(cost).sum::<u128>().try_into().unwrap_or(u64::MAX)
 }
 
 /// Micro-tokens a second for what a VM holds even while it does nothing, rounded up.
 pub fn burn_held(prices: &Prices, shape: &BootToken) -> u64 {
-    let held = |mib: u32, price: u64| (u128::from(mib) * u128::from(price)).div_ceil(1024);
-    let burn = held(shape.mem_mib, prices.gib_s) + held(shape.disk_mib, prices.disk_gib_s);
-    burn.try_into().unwrap_or(u64::MAX)
+    prices.held_micro_per_s(shape.mem_mib, shape.disk_mib)
 }
 
 /// Most bytes that a VM of this shape can send in a second.
@@ -86,9 +67,8 @@ fn sent_max(shape: &BootToken) -> u64 {
 
 /// The most micro-tokens a second that a VM of this shape can cost, rounded up.
 pub fn burn_max(prices: &Prices, shape: &BootToken) -> u64 {
-    let vcpus = prices.vcpu_s.saturating_mul(shape.vcpus.into());
-    let sent = total(&[(sent_max(shape), prices.gib_sent, GIB)]).saturating_add(1);
-    burn_held(prices, shape).saturating_add(vcpus).saturating_add(sent)
+    let sent = prices.cost_micro(0, 0, sent_max(shape), 0).saturating_add(1);
+    prices.busy_micro_per_s(shape.vcpus, shape.mem_mib, shape.disk_mib).saturating_add(sent)
 }
 
 #[cfg(test)]
@@ -139,7 +119,7 @@ mod tests {
         let shape = token(1);
         let mut meters = Meters::default();
         let busiest =
-            Reading { cpu_us: SECOND_US * u64::from(shape.vcpus), sent_bytes: SENT_MAX_PER_S };
+            Reading { cpu_us: 1_000_000 * u64::from(shape.vcpus), sent_bytes: SENT_MAX_PER_S };
         meters.advance(&shape, 1000, busiest);
         assert!(meters.cost_micro(&PRICES) <= burn_max(&PRICES, &shape));
         assert!(burn_held(&PRICES, &shape) == 25_000);

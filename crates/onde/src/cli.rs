@@ -112,6 +112,24 @@ pub enum Command {
         #[command(flatten)]
         job: JobName,
     },
+    /// Compare what the nodes charge for a VM, the cheapest first
+    Price {
+        /// Memory, MiB
+        #[arg(short, long, value_name = "MiB", default_value_t = 256)]
+        #[arg(value_parser = clap::value_parser!(u32).range(64..=65536))]
+        memory: u32,
+        /// Number of virtual processors
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
+        vcpus: u16,
+        /// Hours that it runs
+        #[arg(long, value_name = "N", default_value_t = 1)]
+        #[arg(value_parser = clap::value_parser!(u32).range(1..=87600))]
+        hours: u32,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Nodes
     #[command(subcommand)]
     Node(Node),
@@ -352,6 +370,8 @@ mod tests {
         check("onde node run --interface eth0 --cluster c", true);
         check("onde account use K --broker http://b:1 --context prod", true);
         check("onde ps --all --json -q", true);
+        check("onde price --memory 512 --vcpus 2 --hours 3 --json", true);
+        check("onde price --hours 0", false);
     }
 
     #[test]

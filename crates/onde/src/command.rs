@@ -9,6 +9,7 @@ mod home;
 mod job;
 mod lab;
 mod node;
+mod price;
 mod ps;
 mod run;
 mod session;
@@ -51,6 +52,9 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Logs { job, follow } => done(session::logs(&job.job, follow, &report)),
         Command::Pay { job, tokens } => done(job::pay(&job.job, tokens, &report)),
         Command::Stop { job } => done(job::stop(&job.job, &report)),
+        Command::Price { memory, vcpus, hours, json } => {
+            done(price::run(context, memory, vcpus, hours, json))
+        }
         Command::Node(Node::Ls { json }) => done(node::list(context, json)),
         Command::Node(Node::Run { interface, cluster, node }) => {
             node::run(&interface, &cluster, node)

@@ -10,6 +10,12 @@ pub fn cost(micro: u64) -> String {
     cents(micro.div_ceil(10_000))
 }
 
+/// Micro-tokens that something costs a second, as tokens with four digits behind the point: never less than it is.
+pub fn rate(micro_per_s: u64) -> String {
+    let parts = micro_per_s.div_ceil(100);
+    format!("{}.{:04}", parts / 10_000, parts % 10_000)
+}
+
 fn cents(cents: u64) -> String {
     format!("{}.{:02}", cents / 100, cents % 100)
 }
@@ -54,6 +60,10 @@ mod tests {
     fn amounts_and_spans() {
         assert_eq!([0, 1, 10_000, 1_239_999].map(tokens), ["0.00", "0.00", "0.01", "1.23"]);
         assert_eq!([0, 1, 10_000, 1_230_001].map(cost), ["0.00", "0.01", "0.01", "1.24"]);
+        assert_eq!(
+            [0, 1, 849_900, 12_000_001].map(rate),
+            ["0.0000", "0.0001", "0.8499", "12.0001"]
+        );
         assert_eq!([5, 119, 600, 7200, 200_000].map(span), ["5s", "119s", "10m", "2h", "2d"]);
     }
 }

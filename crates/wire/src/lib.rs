@@ -15,6 +15,7 @@ pub mod key;
 pub mod machine;
 pub mod packet;
 pub mod plan;
+pub mod price;
 pub mod session;
 pub mod stream;
 pub mod token;
