@@ -79,6 +79,21 @@ impl EchoError {
     }
 }
 
+/// A way to ask nodes: [`Echo`], or a network that a simulation makes up.
+pub trait Exchange {
+    /// Sends `packet` to `node` until the reply to `op` and `nonce` comes whose tag is right under `key`
+    /// (see [`Reply::parse`]). Whatever else comes in meanwhile is dropped.
+    fn exchange(
+        &mut self,
+        node: Ipv4Addr,
+        packet: &Packet,
+        op: Op,
+        nonce: u64,
+        key: Option<&Key>,
+        policy: Policy,
+    ) -> Result<Reply, EchoError>;
+}
+
 /// An ICMP Echo socket. Connectionless: one serves all nodes, one exchange at a time.
 #[derive(Debug)]
 pub struct Echo {
@@ -103,33 +118,6 @@ impl Echo {
         of_kind(SocketType::DGRAM, false)
             .or_else(|_: Errno| of_kind(SocketType::RAW, true))
             .map_err(|_: Errno| EchoError::Forbidden)
-    }
-
-    /// Sends `packet` to `node` until the reply to `op` and `nonce` comes whose tag is right under `key`
-    /// (see [`Reply::parse`]). Whatever else comes in meanwhile is dropped.
-    pub fn exchange(
-        &mut self,
-        node: Ipv4Addr,
-        packet: &Packet,
-        op: Op,
-        nonce: u64,
-        key: Option<&Key>,
-        policy: Policy,
-    ) -> Result<Reply, EchoError> {
-        let mut wait = policy.first;
-        for _ in 0..policy.tries {
-            self.send(node, packet)?;
-            let deadline = Instant::now() + wait;
-            while let Some((from, payload)) = self.receive(deadline)? {
-                match Reply::parse(&payload, op, nonce, key) {
-                    Some(reply) if from == node => return Ok(reply),
-                    _ if Instant::now() > deadline => break,
-                    _ => {}
-                }
-            }
-            wait *= 2;
-        }
-        Err(EchoError::Silent { node })
     }
 
     /// Sends one request and waits for nothing. A host that ARP cannot find counts as a lost packet.
@@ -190,6 +178,33 @@ impl Echo {
         let (head, payload) = icmp.split_at_checked(ICMP_SIZE)?;
         let is_ours = !self.is_raw || head[4..6] == self.identifier.to_be_bytes();
         (head[0] == ECHO_REPLY && is_ours).then(|| payload.try_into().ok())?
+    }
+}
+
+impl Exchange for Echo {
+    fn exchange(
+        &mut self,
+        node: Ipv4Addr,
+        packet: &Packet,
+        op: Op,
+        nonce: u64,
+        key: Option<&Key>,
+        policy: Policy,
+    ) -> Result<Reply, EchoError> {
+        let mut wait = policy.first;
+        for _ in 0..policy.tries {
+            self.send(node, packet)?;
+            let deadline = Instant::now() + wait;
+            while let Some((from, payload)) = self.receive(deadline)? {
+                match Reply::parse(&payload, op, nonce, key) {
+                    Some(reply) if from == node => return Ok(reply),
+                    _ if Instant::now() > deadline => break,
+                    _ => {}
+                }
+            }
+            wait *= 2;
+        }
+        Err(EchoError::Silent { node })
     }
 }
 

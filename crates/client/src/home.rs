@@ -3,9 +3,9 @@
 //! but for answers. It never spends more than the budget in the job's file, and what it bought is in that file
 //! before it goes to the node, so that a crash loses nothing.
 
-use crate::api::TokensRequest;
+use crate::api::{Payment, TokensRequest};
 use crate::broker::{Broker, BrokerError, new_key};
-use crate::echo::{Echo, Policy};
+use crate::echo::{Echo, Exchange, Policy};
 use crate::job::{Job, Jobs, JobsError, Purchase};
 use crate::node::{Handle, NodeError};
 use onde_wire::chain::STEPS_MAX;
@@ -64,20 +64,32 @@ pub enum HomeError {
     Randomness(#[from] getrandom::Error),
 }
 
+/// Where tokens are bought: a [`Broker`], or one that a simulation reaches by other ways.
+pub trait Shop {
+    /// See [`Broker::tokens`].
+    fn tokens(&self, job: &JobId, request: &TokensRequest) -> Result<Payment, BrokerError>;
+}
+
+impl Shop for Broker {
+    fn tokens(&self, job: &JobId, request: &TokensRequest) -> Result<Payment, BrokerError> {
+        Broker::tokens(self, job, request)
+    }
+}
+
 /// Pays for one job.
 #[derive(Debug)]
-pub struct Home {
-    echo: Echo,
-    broker: Broker,
+pub struct Home<E = Echo, S = Broker> {
+    echo: E,
+    shop: S,
     jobs: Jobs,
     id: JobId,
     handle: Handle,
 }
 
-impl Home {
+impl<E: Exchange, S: Shop> Home<E, S> {
     /// The home node of `job`.
-    pub fn new(echo: Echo, broker: Broker, jobs: Jobs, job: &Job) -> Self {
-        Self { echo, broker, jobs, id: job.id.0, handle: job.handle() }
+    pub fn new(echo: E, shop: S, jobs: Jobs, job: &Job) -> Self {
+        Self { echo, shop, jobs, id: job.id.0, handle: job.handle() }
     }
 
     /// Looks how the VM stands, and buys and pays where it needs it and the budget allows.
@@ -117,7 +129,7 @@ impl Home {
         let bought = job.purchase.as_ref().map_or(0, |purchase| purchase.count);
         if let Some(Purchase { key, count }) = job.purchase {
             let request = TokensRequest { idempotency_key: key, count };
-            let payment = self.broker.tokens(&self.id, &request);
+            let payment = self.shop.tokens(&self.id, &request);
             let payment = payment.inspect_err(|error| self.forget_refused(error))?;
             job = self.jobs.update(&self.id, |job| {
                 job.purchase = None;

@@ -1,7 +1,7 @@
 //! What a customer asks a node: hello, boot, pay, status, console, stop. One function each, on top of
 //! [`crate::echo`]. All are idempotent at the node, so each is sent until it is answered.
 
-use crate::echo::{Echo, EchoError, Policy};
+use crate::echo::{EchoError, Exchange, Policy};
 use onde_wire::key::Key;
 use onde_wire::packet::{Booted, ConsoleSlice, Hello, JobStatus, Op, Paid, Reply, Request, Status};
 use onde_wire::token::{BootToken, CERTIFICATE_SIZE, JobId, PaymentToken};
@@ -90,7 +90,7 @@ fn words(status: Status) -> &'static str {
 }
 
 /// Asks `node` who it is and what it has. Its answer is not authenticated: only the broker has node keys.
-pub fn hello(echo: &mut Echo, node: Ipv4Addr, policy: Policy) -> Result<Hello, NodeError> {
+pub fn hello(echo: &mut impl Exchange, node: Ipv4Addr, policy: Policy) -> Result<Hello, NodeError> {
     let nonce = getrandom::u64()?;
     // HELLO has no tag, so this key is never used.
     let packet = Request::Hello.emit(nonce, &[0; 16], &Key::new(&[0; 32]));
@@ -104,7 +104,7 @@ impl Handle {
     /// Shows the boot token: the node makes the VM and tells where mstrap listens.
     pub fn boot(
         &self,
-        echo: &mut Echo,
+        echo: &mut impl Exchange,
         token: BootToken,
         tag: onde_wire::key::Tag,
     ) -> Result<Booted, NodeError> {
@@ -115,7 +115,7 @@ impl Handle {
     }
 
     /// Pays.
-    pub fn pay(&self, echo: &mut Echo, token: PaymentToken) -> Result<Paid, NodeError> {
+    pub fn pay(&self, echo: &mut impl Exchange, token: PaymentToken) -> Result<Paid, NodeError> {
         match self.ask(echo, &Request::Pay(token), Policy::default())? {
             Reply::Pay(paid) => Ok(paid),
             other => Err(refused(self.node, &other)),
@@ -123,7 +123,7 @@ impl Handle {
     }
 
     /// Asks how the job stands.
-    pub fn status(&self, echo: &mut Echo, policy: Policy) -> Result<JobStatus, NodeError> {
+    pub fn status(&self, echo: &mut impl Exchange, policy: Policy) -> Result<JobStatus, NodeError> {
         match self.ask(echo, &Request::Status, policy)? {
             Reply::Status(status) => Ok(status),
             other => Err(refused(self.node, &other)),
@@ -131,7 +131,11 @@ impl Handle {
     }
 
     /// Reads the console from byte `offset` of all that the guest ever wrote.
-    pub fn console(&self, echo: &mut Echo, offset: u64) -> Result<ConsoleSlice, NodeError> {
+    pub fn console(
+        &self,
+        echo: &mut impl Exchange,
+        offset: u64,
+    ) -> Result<ConsoleSlice, NodeError> {
         match self.ask(echo, &Request::Console(offset), Policy::default())? {
             Reply::Console(slice) => Ok(slice),
             other => Err(refused(self.node, &other)),
@@ -139,14 +143,19 @@ impl Handle {
     }
 
     /// Ends the VM; returns the redemption certificate. Again: the same certificate.
-    pub fn stop(&self, echo: &mut Echo) -> Result<[u8; CERTIFICATE_SIZE], NodeError> {
+    pub fn stop(&self, echo: &mut impl Exchange) -> Result<[u8; CERTIFICATE_SIZE], NodeError> {
         match self.ask(echo, &Request::Stop, Policy::default())? {
             Reply::Stop(certificate) => Ok(certificate),
             other => Err(refused(self.node, &other)),
         }
     }
 
-    fn ask(&self, echo: &mut Echo, request: &Request, policy: Policy) -> Result<Reply, NodeError> {
+    fn ask(
+        &self,
+        echo: &mut impl Exchange,
+        request: &Request,
+        policy: Policy,
+    ) -> Result<Reply, NodeError> {
         let nonce = getrandom::u64()?;
         let packet = request.emit(nonce, &self.job, &self.key);
         Ok(echo.exchange(self.node, &packet, request.op(), nonce, Some(&self.key), policy)?)

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use onde_client::bootstrap::{self, BootstrapError};
-use onde_client::echo::{Echo, Policy};
+use onde_client::echo::{Echo, Exchange, Policy};
 use onde_client::layout::{self, Layout};
 use onde_client::node::NodeError;
 use onde_lab::kernel::KernelCache;
