@@ -242,12 +242,12 @@ impl Bench {
 
 /// A customer's account with more than all runs can use, once the broker sees the nodes.
 fn customer(lab: &Lab, nodes: u8) -> Result<Broker> {
-    let url = "http://198.18.255.1:8400";
-    let operator = Broker::new(url, fs::read_to_string(lab.dir().join("admin.key"))?.trim());
+    let url = &lab.broker_url()?;
+    let operator = Broker::new(url, fs::read_to_string(lab.dir().join("admin.key"))?.trim())?;
     let opened = operator.open_account("bench")?;
     let micro = 1_000_000 * TOKEN_MICRO;
     operator.credit("bench", &CreditRequest { idempotency_key: new_key()?, micro })?;
-    let broker = Broker::new(url, &opened.key);
+    let broker = Broker::new(url, &opened.key)?;
     let begun = Instant::now();
     while broker.nodes()?.iter().filter(|node| node.alive).count() < usize::from(nodes) {
         ensure!(begun.elapsed() < BOOT_MAX, "the broker does not see all nodes");

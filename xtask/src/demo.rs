@@ -26,8 +26,6 @@ const INPUT: &str = "/usr/share/common-licenses/GPL-3";
 const PRODUCT: &str = "1000000000000128000000000003367";
 /// Tokens that the account is opened with.
 const CREDIT: u64 = 500;
-/// Where the lab's broker listens.
-const BROKER: &str = "http://198.18.255.1:8400";
 /// What the customer's own system does: it proves itself, and waits.
 const INIT: &str =
     "echo \"my own $(uname -sr) and my own init: 6 * 7 = $((6 * 7))\"\nread forever\n";
@@ -129,7 +127,7 @@ impl Demo {
         let credit = ["account", "credit", "demo", &CREDIT.to_string()];
         self.onde("Somebody paid: the operator credits it.", &credit)?;
         let key = opened.text();
-        let take = ["account", "use", key.trim(), "--broker", BROKER, "--context", "demo"];
+        let take = ["account", "use", key.trim(), "--context", "demo"];
         self.onde("The customer has its key from here on.", &take)?;
         let balance = self.balance()?;
         ensure!(balance == CREDIT * TOKEN_MICRO, "the account has {balance} micro-tokens");

@@ -4,22 +4,23 @@
 use crate::Broker;
 use crate::accounts::KeyDigest;
 use crate::ledger;
+use crate::rate::{Rates, network};
 use crate::refusal::Refusal;
+use crate::serve::Peer;
 use axum::body::Body;
 use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
-use axum::http::{HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
 use onde_client::api::*;
 use onde_wire::key::sha256;
 use serde::{Deserialize, Serialize};
-use std::future::Future;
-use std::sync::Arc;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
-use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 use utoipa::openapi::security::{HttpAuthScheme, HttpBuilder, SecurityScheme};
 use utoipa::openapi::{Info, OpenApi};
@@ -32,8 +33,8 @@ const BODY_MAX: usize = 16 << 10;
 const REQUESTS_MAX: usize = 128;
 /// Longest time for one request, the reading of its body included.
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
-/// Longest time that a graceful end waits for open connections.
-const SHUTDOWN_TIME_MAX: Duration = Duration::from_secs(5);
+/// Requests that an address may make, in those of one key: a company's customers may share an address.
+const KEYS_PER_ADDRESS: u32 = 4;
 /// Rows in a page when the request does not say.
 const PAGE_DEFAULT: u32 = 100;
 
@@ -58,10 +59,13 @@ impl<S: Sync> FromRequestParts<S> for Bearer {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
-        let header = parts.headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let key = header.and_then(|text| text.strip_prefix("Bearer "));
-        key.map(|key| Self(sha256(key.trim().as_bytes()))).ok_or(Refusal::Unauthorized)
+        digest(&parts.headers).map(Self).ok_or(Refusal::Unauthorized)
     }
+}
+
+fn digest(headers: &HeaderMap) -> Option<KeyDigest> {
+    let key = headers.get(AUTHORIZATION)?.to_str().ok()?.strip_prefix("Bearer ")?;
+    Some(sha256(key.trim().as_bytes()))
 }
 
 async fn blocking<T: Send + 'static>(
@@ -296,8 +300,8 @@ fn routes() -> (Router<Arc<Broker>>, OpenApi) {
     (router, api)
 }
 
-/// The API over a broker.
-pub fn router(broker: Arc<Broker>) -> Router {
+/// The API over a broker; each key may make `per_s` requests a second (0: any number).
+pub fn router(broker: Arc<Broker>, per_s: u32) -> Router {
     let (router, api) = routes();
     let document = api.to_json().expect("the document is made of strings");
     let openapi = || async { ([(CONTENT_TYPE, "application/json")], document) };
@@ -305,15 +309,46 @@ pub fn router(broker: Arc<Broker>) -> Router {
         .route("/openapi.json", axum::routing::get(openapi))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn(plain_refusals))
-        .layer(middleware::from_fn_with_state(Arc::new(Semaphore::new(REQUESTS_MAX)), limit))
+        .layer(middleware::from_fn_with_state(Arc::new(Gate::new(per_s)), limit))
         .with_state(broker)
 }
 
-/// Bounds how many requests are at work, and for how long; logs each.
-async fn limit(State(places): State<Arc<Semaphore>>, request: Request, next: Next) -> Response {
+/// What a request passes before any work is done for it.
+struct Gate {
+    places: Semaphore,
+    addresses: Mutex<Rates<IpAddr>>,
+    keys: Mutex<Rates<KeyDigest>>,
+}
+
+impl Gate {
+    fn new(per_s: u32) -> Self {
+        Self {
+            places: Semaphore::new(REQUESTS_MAX),
+            addresses: Mutex::new(Rates::new(per_s.saturating_mul(KEYS_PER_ADDRESS))),
+            keys: Mutex::new(Rates::new(per_s)),
+        }
+    }
+
+    fn may(&self, request: &Request) -> bool {
+        let now = Instant::now();
+        let peer = request.extensions().get::<Peer>();
+        let take_address = |peer: &Peer| lock(&self.addresses).take(network(peer.0), now);
+        peer.is_none_or(take_address)
+            && digest(request.headers()).is_none_or(|key| lock(&self.keys).take(key, now))
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    // A table of rates is whole between any two statements.
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Bounds how many requests there are, how many are at work, and for how long; logs each.
+async fn limit(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let start = Instant::now();
-    let response = match places.try_acquire() {
+    let response = match gate.places.try_acquire() {
+        _ if !gate.may(&request) => Ok(Refusal::TooMany.into_response()),
         Ok(_place) => tokio::time::timeout(REQUEST_TIME_MAX, next.run(request)).await,
         Err(_) => Ok(Refusal::Busy.into_response()),
     };
@@ -355,27 +390,5 @@ fn word(status: StatusCode) -> &'static str {
         StatusCode::PAYLOAD_TOO_LARGE => "too_large",
         status if status.is_server_error() => "internal",
         _ => "invalid",
-    }
-}
-
-/// Serves until `end` comes, then lets open requests finish.
-pub async fn serve(
-    listener: TcpListener,
-    broker: Arc<Broker>,
-    end: impl Future<Output = ()> + Send + 'static,
-) -> std::io::Result<()> {
-    let (ending, mut ended) = tokio::sync::watch::channel(());
-    let end = async move {
-        end.await;
-        drop(ending);
-    };
-    let server = axum::serve(listener, router(broker)).with_graceful_shutdown(end);
-    let too_late = async {
-        let _ = ended.changed().await;
-        tokio::time::sleep(SHUTDOWN_TIME_MAX).await;
-    };
-    tokio::select! {
-        done = server => done,
-        () = too_late => Ok(()),
     }
 }

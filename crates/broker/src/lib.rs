@@ -4,6 +4,7 @@
 //!
 //! | module | what |
 //! |---|---|
+//! | `serve`, `tls`, `rate` | connections, the certificate, limits |
 //! | `http` | requests and answers |
 //! | `accounts`, `sale`, `settle`, `jobs` | money and jobs |
 //! | `ledger` | the store |
@@ -18,9 +19,12 @@ pub mod jobs;
 pub mod ledger;
 pub mod nodes;
 pub mod poller;
+pub mod rate;
 pub mod refusal;
 mod sale;
+pub mod serve;
 mod settle;
+pub mod tls;
 pub mod traversal;
 pub mod watch;
 

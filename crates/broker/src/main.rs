@@ -4,7 +4,8 @@ use anyhow::{Context, Result};
 use clap::Parser;
 use onde_broker::ledger::Ledger;
 use onde_broker::poller::Poller;
-use onde_broker::{Broker, accounts, http};
+use onde_broker::tls::Identity;
+use onde_broker::{Broker, accounts, http, serve};
 use onde_wire::cluster::Cluster;
 use std::io::{ErrorKind, Write};
 use std::net::SocketAddr;
@@ -21,7 +22,7 @@ use tracing_subscriber::EnvFilter;
 #[derive(Parser)]
 #[command(version)]
 struct Args {
-    /// Address and port of the HTTP API
+    /// Address and port of the API, which is HTTPS
     #[arg(long, default_value = "127.0.0.1:8180", value_name = "ADDR:PORT")]
     listen: SocketAddr,
     /// The ledger; made if it is not there
@@ -33,13 +34,46 @@ struct Args {
     /// The operator's API key; made if it is not there
     #[arg(long, value_name = "FILE")]
     admin_key_file: PathBuf,
+    /// The certificate, and those between it and an authority, as PEM [default: one that the broker makes beside the
+    /// admin key, for customers to pin]
+    #[arg(long, value_name = "FILE", requires = "tls_key")]
+    tls_cert: Option<PathBuf>,
+    /// The certificate's key, as PEM
+    #[arg(long, value_name = "FILE", requires = "tls_cert")]
+    tls_key: Option<PathBuf>,
+    /// Speak HTTP: for a proxy on this machine that speaks TLS, or a network that everybody on it may listen to
+    #[arg(long, conflicts_with_all = ["tls_cert", "tls_key"])]
+    plain_http: bool,
+    /// Requests a second that one API key may make; an address may make four times as many. 0 for any number
+    #[arg(long, value_name = "N", default_value_t = 100)]
+    rate: u32,
+    /// How the log is written to standard error
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    log: LogFormat,
+}
+
+#[derive(Clone, Copy, clap::ValueEnum)]
+enum LogFormat {
+    /// For people
+    Text,
+    /// One JSON object a line
+    Json,
+}
+
+fn start_log(format: LogFormat) {
+    // ONDE_LOG=debug shows each request.
+    let filter = EnvFilter::try_from_env("ONDE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    match format {
+        LogFormat::Text => log.init(),
+        LogFormat::Json => log.json().flatten_event(true).init(),
+    }
 }
 
 fn main() -> ExitCode {
-    // ONDE_LOG=debug shows each request.
-    let filter = EnvFilter::try_from_env("ONDE_LOG").unwrap_or_else(|_| EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
-    match run(&Args::parse()) {
+    let args = Args::parse();
+    start_log(args.log);
+    match run(&args) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("broker: {error:#}");
@@ -82,22 +116,44 @@ fn run(args: &Args) -> Result<()> {
     let poller = Poller::start(&broker)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
-    let served = runtime.block_on(serve(args.listen, broker));
+    let served = runtime.block_on(serve(args, broker));
     poller.stop();
     tracing::info!("stopped");
     served
 }
 
-async fn serve(listen: SocketAddr, broker: Arc<Broker>) -> Result<()> {
+async fn serve(args: &Args, broker: Arc<Broker>) -> Result<()> {
+    let tls = identity(args).context("the TLS certificate")?;
+    let listen = args.listen;
     let listener =
         TcpListener::bind(listen).await.with_context(|| format!("listening on {listen}"))?;
+    let address = listener.local_addr()?;
+    match &tls {
+        Some(tls) => tracing::info!("customers find this broker at https://{address}#{}", tls.pin),
+        None => tracing::warn!("no TLS: whoever is on the way to http://{address} reads API keys"),
+    }
     // Whoever started this waits for the line (the lab does); all else is on standard error.
-    println!("onde: broker ready {}", listener.local_addr()?);
+    println!("onde: broker ready {address}");
     let (mut term, mut int) = (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?);
     let end = async move {
         tokio::select! { _ = term.recv() => {}, _ = int.recv() => {} }
+        tracing::info!("stopping: requests at work are finished first");
     };
-    Ok(http::serve(listener, broker, end).await?)
+    let routes = http::router(broker, args.rate);
+    serve::serve(listener, tls.map(|tls| tls.config), routes, end).await;
+    Ok(())
+}
+
+fn identity(args: &Args) -> Result<Option<Identity>> {
+    if args.plain_http {
+        return Ok(None);
+    }
+    let dir = args.admin_key_file.parent().filter(|dir| !dir.as_os_str().is_empty());
+    match (&args.tls_cert, &args.tls_key) {
+        (Some(certificate), Some(key)) => Identity::load(certificate, key),
+        _ => Identity::load_or_make(dir.unwrap_or(Path::new(".")), args.listen.ip()),
+    }
+    .map(Some)
 }
 
 /// The operator's key, drawn at the first start and readable by the broker's user alone.

@@ -56,6 +56,9 @@ pub enum Refusal {
     /// More requests at once than the broker takes, or one that took too long.
     #[error("the broker is busy")]
     Busy,
+    /// More requests a second than its key or its address may make.
+    #[error("too many requests")]
+    TooMany,
     /// The store failed; nothing was changed.
     #[error("the ledger failed")]
     Ledger(#[from] rusqlite::Error),
@@ -99,6 +102,7 @@ impl Refusal {
                 (422, "bad_certificate", "ask the job's node again with STOP")
             }
             Refusal::NoAddress => (503, "no_address", "try again when other VMs have ended"),
+            Refusal::TooMany => (429, "too_many", "make fewer requests a second"),
             Refusal::Busy => (503, "busy", "try again in a second"),
             Refusal::Ledger(_) => {
                 (500, "ledger", "nothing was changed; repeat with the same idempotency key")

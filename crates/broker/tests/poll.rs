@@ -139,7 +139,9 @@ fn inside(dir: &Path) {
     assert_eq!(ready, "onde: broker ready 127.0.0.1:8180");
 
     let admin = std::fs::read_to_string(path("admin")).expect("the key it made");
-    let operator = Caller::new("http://127.0.0.1:8180", admin.trim());
+    let pin = std::fs::read_to_string(path("tls.pin")).expect("the pin it made");
+    let url = format!("https://127.0.0.1:8180#{}", pin.trim());
+    let operator = Caller::new(&url, admin.trim());
     let customer = operator.customer("a", 100);
     let nodes = until("node found", || {
         Some(customer.get::<NodeList>("/v1/nodes").nodes).filter(|nodes| !nodes.is_empty())

@@ -1,5 +1,7 @@
 //! The broker's HTTP API as calls: [`crate::api`] says what goes over it. `onde` and the home node call it.
 //! A call that spends money carries a key of its own, drawn once, so that trying again never pays twice.
+//! A broker's address is `https://HOST:PORT`, with `#sha256:DIGEST` behind it where its certificate is pinned, or
+//! `http://HOST:PORT`, where somebody chose to trust the network.
 
 use crate::api::{
     Account, AccountOpened, AccountRequest, CreditRequest, Credited, Failure, Hex, Job, JobList,
@@ -9,6 +11,10 @@ use onde_wire::token::{CERTIFICATE_SIZE, JobId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 use std::time::Duration;
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{Connector as _, TcpConnector};
+
+use crate::tls::{Pin, TlsConnector};
 
 /// A call in all; the broker answers from its own tables.
 const CALL_TIMEOUT: Duration = Duration::from_secs(20);
@@ -33,6 +39,9 @@ pub enum BrokerError {
     /// The broker said no.
     #[error("the broker refused: {}", .0.message)]
     Refused(Failure),
+    /// The text is no address of a broker.
+    #[error("`{0}` is no broker's address")]
+    BadUrl(String),
     /// The broker's answer is of another version, or no broker's.
     #[error("{url} did not answer as a broker does (HTTP status {status})")]
     Foreign {
@@ -47,6 +56,15 @@ impl BrokerError {
     /// What to do about it, one line.
     pub fn hint(&self) -> Option<&str> {
         match self {
+            BrokerError::BadUrl(_) => Some("https://HOST:PORT or https://HOST:PORT#sha256:DIGEST"),
+            BrokerError::Unreachable { source, .. }
+                if matches!(**source, ureq::Error::Other(_)) =>
+            {
+                Some(
+                    "its certificate is not the one that was pinned, or no authority of this machine signed it: ask the \
+                 operator for the pin",
+                )
+            }
             BrokerError::Unreachable { .. } => {
                 Some("is the broker up and the context the right one? See: onde context ls")
             }
@@ -80,8 +98,18 @@ pub struct Broker {
 }
 
 impl Broker {
-    /// The broker at `url` (`http://host:port`), called with the API key `key`.
-    pub fn new(url: &str, key: &str) -> Self {
+    /// The broker at `url`, called with the API key `key`.
+    pub fn new(url: &str, key: &str) -> Result<Self, BrokerError> {
+        let bad_url = || BrokerError::BadUrl(url.to_owned());
+        let (plain, pin) = match url.split_once('#') {
+            Some((plain, pin)) => (plain, Some(pin.parse::<Pin>().map_err(|_| bad_url())?)),
+            None => (url, None),
+        };
+        let tls = match plain.split_once("://") {
+            Some(("https", _)) => TlsConnector::new(pin),
+            Some(("http", _)) if pin.is_none() => TlsConnector::none(),
+            _ => return Err(bad_url()),
+        };
         let config = ureq::Agent::config_builder()
             .http_status_as_error(false)
             .timeout_global(Some(CALL_TIMEOUT))
@@ -89,11 +117,12 @@ impl Broker {
             // A broker stands on the cluster's own network.
             .proxy(None)
             .build();
-        Self {
-            agent: config.into(),
-            url: url.trim_end_matches('/').to_owned(),
+        let connector = TcpConnector::default().chain(tls);
+        Ok(Self {
+            agent: ureq::Agent::with_parts(config, connector, DefaultResolver::default()),
+            url: plain.trim_end_matches('/').to_owned(),
             key: key.to_owned(),
-        }
+        })
     }
 
     /// All nodes.
@@ -229,7 +258,8 @@ fn is_passing(error: &BrokerError) -> bool {
             ureq::Error::Io(_) | ureq::Error::Timeout(_) | ureq::Error::ConnectionFailed
         ),
         BrokerError::Foreign { status, .. } => (502..=504).contains(status),
-        BrokerError::Refused(_) => false,
+        BrokerError::Refused(failure) => ["busy", "too_many"].contains(&&*failure.error),
+        BrokerError::BadUrl(_) => false,
     }
 }
 
@@ -269,7 +299,8 @@ mod tests {
 
     fn check(answers: &[&str], expect: &str) -> Vec<String> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).unwrap();
-        let broker = Broker::new(&format!("http://{}/", listener.local_addr().unwrap()), "KEY");
+        let broker =
+            Broker::new(&format!("http://{}/", listener.local_addr().unwrap()), "KEY").unwrap();
         std::thread::scope(|scope| {
             let server = scope.spawn(|| serve(listener, answers));
             let request = TokensRequest { idempotency_key: new_key().unwrap(), count: 7 };

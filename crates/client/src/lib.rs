@@ -16,3 +16,4 @@ pub mod node;
 pub mod session;
 pub mod snapshot;
 pub mod stream;
+pub mod tls;

@@ -16,9 +16,10 @@ use rustix::fs::FlockOperation;
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 use rustix::thread::{ThreadNameSpaceType, move_into_thread_name_spaces};
 
+use crate::keeper::BROKER_PORT;
 use crate::kernel::KernelCache;
 use crate::status::{NODES_MAX, Reply, Request, Shape, State, Status};
-use crate::{cluster, image, programs};
+use crate::{cluster, image, network, programs};
 
 /// The keeper's socket in the lab's folder.
 pub(crate) const SOCKET: &str = "keeper.sock";
@@ -135,9 +136,15 @@ impl Lab {
             .with_context(|| format!("no lab runs in {}\nhint: onde-lab up", dir.display()))
     }
 
-    /// The lab's folder: `cluster`, `admin.key`, `broker.db`, logs.
+    /// The lab's folder: `cluster`, `admin.key`, `tls.pin`, `broker.db`, logs.
     pub fn dir(&self) -> &Path {
         &self.dir
+    }
+
+    /// The address of the lab's broker, with the pin of the certificate that it made at its first start.
+    pub fn broker_url(&self) -> Result<String> {
+        let pin = fs::read_to_string(self.dir.join("tls.pin")).context("the lab has no broker")?;
+        Ok(format!("https://{}:{BROKER_PORT}#{}", network::owner_ipv4(), pin.trim()))
     }
 
     /// How the lab is.

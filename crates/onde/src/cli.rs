@@ -282,9 +282,15 @@ pub enum Account {
     Use {
         /// The API key that the operator gave you
         key: String,
-        /// The broker, http://HOST:PORT
+        /// The broker, https://HOST:PORT [default: the current context's]
         #[arg(long, value_name = "URL")]
-        broker: String,
+        broker: Option<String>,
+        /// The digest of the broker's certificate, where no authority known here signed that
+        #[arg(long, value_name = "sha256:DIGEST", requires = "broker")]
+        pin: Option<String>,
+        /// Take an http:// address: whoever is on the way can read the key and spend the money
+        #[arg(long)]
+        plain_http: bool,
     },
     /// Open an account and print its API key (operator)
     Open {
@@ -368,7 +374,9 @@ mod tests {
         check("onde lab up --nodes 3", true);
         check("onde lab --help", true);
         check("onde node run --interface eth0 --cluster c", true);
-        check("onde account use K --broker http://b:1 --context prod", true);
+        check("onde account use K --broker https://b:1 --pin sha256:00 --context prod", true);
+        check("onde account use K", true);
+        check("onde account use K --pin sha256:00", false);
         check("onde ps --all --json -q", true);
         check("onde price --memory 512 --vcpus 2 --hours 3 --json", true);
         check("onde price --hours 0", false);

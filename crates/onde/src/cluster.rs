@@ -27,7 +27,7 @@ impl Cluster {
         enter(context)?;
         Ok(Self {
             name: name.to_owned(),
-            broker: Broker::new(&context.broker, &context.key),
+            broker: Broker::new(&context.broker, &context.key)?,
             jobs: jobs()?,
         })
     }

@@ -15,7 +15,7 @@ use crate::failure::hinted;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Context {
-    /// The broker, http://HOST:PORT.
+    /// The broker: https://HOST:PORT, with #sha256:DIGEST where its certificate is pinned, or http://HOST:PORT.
     pub broker: String,
     /// The API key of the user's account there.
     pub key: String,
@@ -120,7 +120,7 @@ mod tests {
         let file = dir.join("sub/config.toml");
         assert_eq!(Config::read(&file).unwrap(), Config::default());
         let lab = Context {
-            broker: "http://198.18.255.1:7034".to_owned(),
+            broker: "https://198.18.255.1:7034".to_owned(),
             key: "K".to_owned(),
             lab: Some("/tmp/lab".into()),
         };

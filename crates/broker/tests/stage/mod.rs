@@ -3,21 +3,25 @@
 
 #![allow(dead_code, reason = "each test program uses its part of this")]
 
-use onde_broker::Broker;
-use onde_broker::http;
 use onde_broker::ledger::Ledger;
 use onde_broker::watch::Heard;
+use onde_broker::{Broker, http, serve};
 use onde_client::api::*;
+use onde_client::tls::TlsConnector;
 use onde_wire::cluster::Cluster;
 use onde_wire::key::{Key, certificate_key, node_key};
 use onde_wire::machine::Stage;
 use onde_wire::packet::{EndReason, Hello, JobStatus, Prices};
 use onde_wire::token::{CERTIFICATE_SIZE, Certificate};
+use rustls::ServerConfig;
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Instant;
+use ureq::unversioned::resolver::DefaultResolver;
+use ureq::unversioned::transport::{Connector as _, TcpConnector};
 
 pub const OPERATOR: &str = "onde_0123456789012345678901234567890123456789";
 pub const SECRET: [u8; 32] = [0x5e; 32];
@@ -33,19 +37,25 @@ pub fn broker(dir: &Path, now: Instant) -> Arc<Broker> {
     Arc::new(Broker::new(cluster(), ledger, OPERATOR, now))
 }
 
-/// Serves until the process ends; gives the address.
+/// Serves until the process ends, without TLS and without a limit; gives the address.
 pub fn serve(broker: Arc<Broker>) -> String {
+    format!("http://{}", serve_as(broker, None, 0))
+}
+
+/// Serves until the process ends.
+pub fn serve_as(broker: Arc<Broker>, tls: Option<Arc<ServerConfig>>, per_s: u32) -> SocketAddr {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
-    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    let address = listener.local_addr().expect("bound");
     listener.set_nonblocking(true).expect("a socket");
     std::thread::spawn(move || {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::from_std(listener).expect("a socket");
-            http::serve(listener, broker, std::future::pending()).await.expect("serves");
+            let routes = http::router(broker, per_s);
+            serve::serve(listener, tls, routes, std::future::pending()).await;
         });
     });
-    url
+    address
 }
 
 /// Node `number` in its `life`-th life, 1000 MiB and 4 slots, up for 10 s; dearer with its number.
@@ -134,7 +144,13 @@ impl Caller {
             .http_status_as_error(false)
             .max_idle_connections(0)
             .build();
-        Self { agent: config.into(), url: url.into(), key: key.into() }
+        let tls = match url.split_once('#') {
+            Some((_, pin)) => TlsConnector::new(Some(pin.parse().expect("a pin"))),
+            None => TlsConnector::none(),
+        };
+        let connector = TcpConnector::default().chain(tls);
+        let agent = ureq::Agent::with_parts(config, connector, DefaultResolver::default());
+        Self { agent, url: url.into(), key: key.into() }
     }
 
     /// A new account with money, and its caller.
@@ -150,7 +166,8 @@ impl Caller {
 
     /// Status and body; an error where the server is away or went away.
     pub fn send(&self, path: &str, body: Option<&str>) -> Result<(u16, String), ureq::Error> {
-        let (url, bearer) = (format!("{}{path}", self.url), format!("Bearer {}", self.key));
+        let host = self.url.split('#').next().expect("always one");
+        let (url, bearer) = (format!("{host}{path}"), format!("Bearer {}", self.key));
         let mut response = match body {
             None => self.agent.get(url).header("Authorization", bearer).call()?,
             Some(body) => {

@@ -25,15 +25,7 @@ pub fn cannot_run(world: &World) -> Result<()> {
     world.onde_fails(["run", "--memory", "65536", "--", "/bin/true"], 125, "hint:")?;
     ensure!(world.balance()? == before, "it cost something");
     let poor = world.operator.open_account("poor")?;
-    world.onde([
-        "account",
-        "use",
-        &poor.key,
-        "--broker",
-        crate::world::BROKER,
-        "--context",
-        "poor",
-    ])?;
+    world.onde(["account", "use", &poor.key, "--context", "poor"])?;
     world.onde(["context", "use", "default"])?;
     world.onde_fails(["--context", "poor", "run", "--", "/bin/true"], 125, "hint:")
 }

@@ -20,8 +20,6 @@ use onde_wire::packet::Hello;
 use onde_wire::plan;
 use onde_wire::token::BootToken;
 
-/// Where the lab's broker listens.
-pub const BROKER: &str = "http://198.18.255.1:8400";
 /// Longest wait for anything here: emulated nodes on a loaded machine are slow, never this slow.
 const PATIENCE: Duration = Duration::from_secs(90);
 /// Between two looks at something that changes within seconds.
@@ -56,21 +54,22 @@ impl World {
         let lab = Lab::up(&dir.join("lab"), &Shape::default(), |_| {})?;
         lab.enter()?;
         let admin = fs::read_to_string(lab.dir().join("admin.key"))?;
-        let operator = Broker::new(BROKER, admin.trim());
+        let url = lab.broker_url()?;
+        let operator = Broker::new(&url, admin.trim())?;
         let opened = operator.open_account("customer")?;
         let micro = 100_000 * TOKEN_MICRO;
         operator.credit("customer", &CreditRequest { idempotency_key: new_key()?, micro })?;
         let text = fs::read_to_string(lab.dir().join("cluster"))?;
         let mut world = Self {
             new_nodes: Vec::new(),
-            broker: Broker::new(BROKER, &opened.key),
+            broker: Broker::new(&url, &opened.key)?,
             operator,
             cluster: Cluster::parse(&text)?,
             loader: fs::read(programs::find("loader")?)?,
             lab,
             dir,
         };
-        world.onde(["account", "use", &opened.key, "--broker", BROKER])?;
+        world.onde(["account", "use", &opened.key, "--broker", &url])?;
         let both = || Ok(world.broker.nodes()?.iter().filter(|node| node.alive).count() == 2);
         wait("the broker to see both nodes", both)?;
         world.new_nodes = vec![world.hello(1)?, world.hello(2)?];

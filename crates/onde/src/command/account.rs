@@ -16,7 +16,13 @@ use crate::table::{cost, render, span, tokens};
 pub fn run(context: Option<&str>, account: Account, report: &Report) -> Result<()> {
     match account {
         Account::Show { limit, json } => show(&Cluster::open(context)?, limit, json),
-        Account::Use { key, broker } => take(context.unwrap_or("default"), key, broker, report),
+        Account::Use { key, broker, pin, plain_http } => {
+            let broker = match (broker, pin) {
+                (Some(url), Some(pin)) => Some(format!("{url}#{pin}")),
+                (url, _) => url,
+            };
+            take(context.unwrap_or("default"), key, broker, plain_http, report)
+        }
         Account::Open { name, operator } => {
             let opened = broker(context, &operator)?.open_account(&name)?;
             report.line(&format!("opened account {}; this key is shown once:", opened.name));
@@ -53,11 +59,25 @@ fn show(cluster: &Cluster, limit: u32, json: bool) -> Result<()> {
 }
 
 /// Makes the key a context, and that the current one.
-fn take(name: &str, key: String, broker: String, report: &Report) -> Result<()> {
-    if !broker.starts_with("http://") {
-        return Err(hinted(format!("`{broker}` is no broker's address"), "http://HOST:PORT"));
-    }
+fn take(
+    name: &str,
+    key: String,
+    broker: Option<String>,
+    plain_http: bool,
+    report: &Report,
+) -> Result<()> {
     let mut config = Config::load()?;
+    let broker = match broker {
+        Some(broker) => broker,
+        None => config.choose(None)?.1.broker.clone(),
+    };
+    Broker::new(&broker, &key)?;
+    if !plain_http && is_open_to_readers(&broker) {
+        return Err(hinted(
+            format!("{broker} is not encrypted: whoever is on the way can read the key"),
+            "use the broker's https:// address, or say --plain-http",
+        ));
+    }
     // The current cluster's broker under another key: a lab stays a lab.
     let current = config.choose(None).ok().filter(|(_, current)| current.broker == broker);
     let lab = current.and_then(|(_, current)| current.lab.clone());
@@ -66,6 +86,16 @@ fn take(name: &str, key: String, broker: String, report: &Report) -> Result<()> 
     config.save()?;
     report.line(&format!("context {name} is the current one"));
     Ok(())
+}
+
+/// Whether calls to this address cross a network in clear.
+fn is_open_to_readers(url: &str) -> bool {
+    let Some(rest) = url.strip_prefix("http://") else { return false };
+    let authority = rest.split('/').next().unwrap_or_default();
+    let host = authority.rsplit_once(':').map_or(authority, |(host, _)| host);
+    let host = host.trim_start_matches('[').trim_end_matches(']');
+    let address = host.parse::<std::net::IpAddr>();
+    !(host == "localhost" || address.is_ok_and(|address| address.is_loopback()))
 }
 
 /// The broker, called with the operator's key.
@@ -84,7 +114,7 @@ fn broker(context: Option<&str>, operator: &Operator) -> Result<Broker> {
     let key = key.with_context(|| format!("cannot read {}", file.display()))?;
     let url = operator.broker.as_ref().or(known.map(|context| &context.broker));
     let Some(url) = url else {
-        return Err(hinted("no broker to talk to", "--broker http://HOST:PORT"));
+        return Err(hinted("no broker to talk to", "--broker https://HOST:PORT#sha256:DIGEST"));
     };
-    Ok(Broker::new(url, key.trim()))
+    Ok(Broker::new(url, key.trim())?)
 }

@@ -5,7 +5,6 @@ use anyhow::{Context as _, Result};
 use onde_client::api::CreditRequest;
 use onde_client::broker::{Broker, BrokerError, new_key};
 use onde_lab::Lab;
-use onde_lab::keeper::BROKER_PORT;
 use onde_wire::cluster::TOKEN_MICRO;
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt;
@@ -39,9 +38,9 @@ pub fn run(args: &[OsString], report: &Report) -> Result<ExitCode> {
     let dir = std::path::absolute(dir(args)?)?;
     let lab = Lab::attach(&dir)?;
     let status = lab.status()?;
-    if let Some(broker) = status.members.last().filter(|_| status.shape.broker) {
+    if status.shape.broker {
         lab.enter()?;
-        let broker = take(&dir, &format!("http://{}:{BROKER_PORT}", broker.ipv4))?;
+        let broker = take(&dir, &lab.broker_url()?)?;
         wait_for_nodes(&broker, status.shape.nodes.into(), report)?;
         report.line(&format!("context {NAME} is the current one; try: onde run -- /bin/ls /"));
     }
@@ -62,14 +61,15 @@ fn dir(args: &[OsString]) -> Result<PathBuf> {
 fn take(dir: &Path, url: &str) -> Result<Broker> {
     let mut config = Config::load()?;
     let known = config.contexts.get(NAME).filter(|known| known.lab.as_deref() == Some(dir));
-    let known = known.map(|known| Broker::new(url, &known.key));
+    let known = known.map(|known| Broker::new(url, &known.key)).transpose()?;
     config.current = Some(NAME.to_owned());
     if let Some(broker) = known.filter(|broker| broker.account(1).is_ok()) {
+        config.contexts.entry(NAME.to_owned()).and_modify(|known| known.broker = url.to_owned());
         config.save()?;
         return Ok(broker);
     }
     let key = open_account(url, &dir.join("admin.key"))?;
-    let broker = Broker::new(url, &key);
+    let broker = Broker::new(url, &key)?;
     let context = Context { broker: url.to_owned(), key, lab: Some(dir.to_owned()) };
     config.contexts.insert(NAME.to_owned(), context);
     config.save()?;
@@ -94,7 +94,7 @@ fn wait_for_nodes(broker: &Broker, count: usize, report: &Report) -> Result<()> 
 fn open_account(url: &str, admin_key: &Path) -> Result<String> {
     let key = std::fs::read_to_string(admin_key)
         .with_context(|| format!("cannot read {}", admin_key.display()))?;
-    let operator = Broker::new(url, key.trim());
+    let operator = Broker::new(url, key.trim())?;
     let opened = match operator.open_account(NAME) {
         Err(BrokerError::Refused(failure)) if failure.error == "account_exists" => {
             return Ok(operator.new_account_key(NAME)?.key);
