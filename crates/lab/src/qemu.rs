@@ -41,10 +41,14 @@ impl Accelerator {
         }
     }
 
+    /// QEMU keeps translated code for ever as long as it fits, by default in 1 GiB. Code of the VMs that came and went
+    /// stays listed by its page, and each byte written to such a page walks the list: after a hundred VMs, zeroing a
+    /// page for the next one took a minute, and the node hung. 64 MiB hold all that runs at one time; when they are
+    /// full, all is forgotten.
     fn options(self) -> [&'static str; 4] {
         match self {
             Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            Self::Tcg => ["-accel", "tcg,thread=multi", "-cpu", "max,+svm,+npt"],
+            Self::Tcg => ["-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max,+svm,+npt"],
         }
     }
 }

@@ -2,7 +2,8 @@
 //! back; and everything that can go wrong on the way. One lab serves all cases, one after another, since two
 //! emulated nodes are all that a small machine carries. Needs root or user namespaces, and fails without.
 //!
-//! `cargo test -p onde-lab --test market -- WORD` runs the cases with WORD in their name.
+//! `cargo test -p onde-lab --test market -- WORD` runs the cases with WORD in their name; with `ONDE_ROUNDS=N` in the
+//! environment all of them N times, in the same lab.
 
 mod failures;
 mod programs;
@@ -58,12 +59,15 @@ fn main() -> ExitCode {
             return ExitCode::FAILURE;
         }
     };
-    let failed = chosen.iter().filter(|case| !passes(&world, case)).count();
+    let rounds =
+        std::env::var("ONDE_ROUNDS").map_or(1, |text| text.parse().expect("a number of rounds"));
+    let all = || std::iter::repeat_n(&chosen, rounds).flatten();
+    let failed = all().filter(|case| !passes(&world, case)).count();
     let down = world.down();
     if let Err(error) = &down {
         println!("the lab does not go down: {error:#}");
     }
-    println!("{} passed, {failed} failed", chosen.len() - failed);
+    println!("{} passed, {failed} failed", all().count() - failed);
     if failed == 0 && down.is_ok() { ExitCode::SUCCESS } else { ExitCode::FAILURE }
 }
 
