@@ -8,7 +8,7 @@ use crate::rate::{Rates, network};
 use crate::refusal::Refusal;
 use crate::serve::Peer;
 use axum::body::Body;
-use axum::extract::{DefaultBodyLimit, FromRequestParts, Path, Query, Request, State};
+use axum::extract::{DefaultBodyLimit, FromRequestParts, MatchedPath, Path, Query, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
 use axum::http::{HeaderMap, HeaderValue, StatusCode};
@@ -35,6 +35,8 @@ const REQUESTS_MAX: usize = 128;
 const REQUEST_TIME_MAX: Duration = Duration::from_secs(30);
 /// Requests that an address may make, in those of one key: a company's customers may share an address.
 const KEYS_PER_ADDRESS: u32 = 4;
+/// Age of the last look after the nodes, which comes once a second, from which on the broker is not well.
+const TICK_AGE_MAX: Duration = Duration::from_secs(10);
 /// Rows in a page when the request does not say.
 const PAGE_DEFAULT: u32 = 100;
 
@@ -251,21 +253,45 @@ async fn events(broker: Shared, key: Bearer, Query(page): Query<Page>) -> Answer
     .await
 }
 
-/// Whether the broker and its store work.
+/// The broker is up.
 #[derive(Serialize, utoipa::ToSchema)]
-struct Health {
+struct Alive {}
+
+/// Whether the broker runs at all. Needs no key.
+#[utoipa::path(get, path = "/healthz", responses((status = 200, body = Alive)), security(()))]
+async fn healthz() -> Json<Alive> {
+    Json(Alive {})
+}
+
+/// What the broker has to work with.
+#[derive(Serialize, utoipa::ToSchema)]
+struct Ready {
     /// Nodes that answer.
     nodes_alive: usize,
 }
 
-/// Whether the broker and its store work. Needs no key.
-#[utoipa::path(get, path = "/healthz", responses((status = 200, body = Health)))]
-async fn healthz(State(broker): Shared) -> Answer<Health> {
+/// Whether the store answers and the nodes are looked after. Needs no key.
+#[utoipa::path(get, path = "/readyz", security(()),
+    responses((status = 200, body = Ready), (status = "5XX", body = Failure)))]
+async fn readyz(State(broker): Shared) -> Answer<Ready> {
     blocking(move || {
         broker.ledger.act(|_| Ok(()))?;
-        Ok(Health { nodes_alive: broker.nodes().alive(Instant::now()).count() })
+        let (nodes, now) = (broker.nodes(), Instant::now());
+        if now.saturating_duration_since(nodes.last_tick()) > TICK_AGE_MAX {
+            return Err(Refusal::NotReady("the nodes are not looked after"));
+        }
+        Ok(Ready { nodes_alive: nodes.alive(now).count() })
     })
     .await
+}
+
+/// Figures for Prometheus (operator).
+#[utoipa::path(get, path = "/metrics",
+    responses((status = 200, body = String, content_type = "application/openmetrics-text"), (status = "4XX", body = Failure)))]
+async fn metrics(broker: Shared, key: Bearer) -> Result<Response, Refusal> {
+    let Json(text) = operator(broker, key, |broker| broker.figures(Instant::now())).await?;
+    let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+    Ok(([(CONTENT_TYPE, kind)], text).into_response())
 }
 
 /// All routes and the document that describes them.
@@ -290,6 +316,8 @@ fn routes() -> (Router<Arc<Broker>>, OpenApi) {
         .routes(routes!(credit))
         .routes(routes!(events))
         .routes(routes!(healthz))
+        .routes(routes!(readyz))
+        .routes(routes!(metrics))
         .split_for_parts();
     api.info = info;
     let bearer = HttpBuilder::new().scheme(HttpAuthScheme::Bearer).build();
@@ -309,20 +337,22 @@ pub fn router(broker: Arc<Broker>, per_s: u32) -> Router {
         .route("/openapi.json", axum::routing::get(openapi))
         .layer(DefaultBodyLimit::max(BODY_MAX))
         .layer(middleware::from_fn(plain_refusals))
-        .layer(middleware::from_fn_with_state(Arc::new(Gate::new(per_s)), limit))
+        .layer(middleware::from_fn_with_state(Arc::new(Gate::new(broker.clone(), per_s)), limit))
         .with_state(broker)
 }
 
 /// What a request passes before any work is done for it.
 struct Gate {
+    broker: Arc<Broker>,
     places: Semaphore,
     addresses: Mutex<Rates<IpAddr>>,
     keys: Mutex<Rates<KeyDigest>>,
 }
 
 impl Gate {
-    fn new(per_s: u32) -> Self {
+    fn new(broker: Arc<Broker>, per_s: u32) -> Self {
         Self {
+            broker,
             places: Semaphore::new(REQUESTS_MAX),
             addresses: Mutex::new(Rates::new(per_s.saturating_mul(KEYS_PER_ADDRESS))),
             keys: Mutex::new(Rates::new(per_s)),
@@ -346,6 +376,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 /// Bounds how many requests there are, how many are at work, and for how long; logs each.
 async fn limit(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> Response {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    // Not the path: a stranger could make as many figures of it as he likes.
+    let matched = request.extensions().get::<MatchedPath>().map(|path| path.as_str().to_owned());
     let start = Instant::now();
     let response = match gate.places.try_acquire() {
         _ if !gate.may(&request) => Ok(Refusal::TooMany.into_response()),
@@ -353,7 +385,9 @@ async fn limit(State(gate): State<Arc<Gate>>, request: Request, next: Next) -> R
         Err(_) => Ok(Refusal::Busy.into_response()),
     };
     let response = response.unwrap_or_else(|_| Refusal::Busy.into_response());
-    let (status, ms) = (response.status().as_u16(), start.elapsed().as_millis() as u64);
+    let (status, took) = (response.status().as_u16(), start.elapsed());
+    gate.broker.metrics.request(matched.unwrap_or_default(), status, took);
+    let ms = took.as_millis() as u64;
     tracing::debug!(%method, path, status, ms, "request");
     response
 }

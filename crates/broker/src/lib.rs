@@ -5,7 +5,7 @@
 //! | module | what |
 //! |---|---|
 //! | `serve`, `tls`, `rate` | connections, the certificate, limits |
-//! | `http` | requests and answers |
+//! | `http`, `metrics` | requests and answers, figures |
 //! | `accounts`, `sale`, `settle`, `jobs` | money and jobs |
 //! | `ledger` | the store |
 //! | `traversal` | long hash chains, kept as a few values |
@@ -17,6 +17,7 @@ pub mod accounts;
 pub mod http;
 pub mod jobs;
 pub mod ledger;
+pub mod metrics;
 pub mod nodes;
 pub mod poller;
 pub mod rate;
@@ -42,13 +43,20 @@ pub struct Broker {
     ledger: Ledger,
     nodes: Mutex<Nodes>,
     operator: accounts::KeyDigest,
+    metrics: metrics::Metrics,
 }
 
 impl Broker {
     /// A broker for a cluster, over a store; `operator_key` is what the operator shows as API key.
     pub fn new(cluster: Cluster, ledger: Ledger, operator_key: &str, now: Instant) -> Self {
         let operator = sha256(operator_key.as_bytes());
-        Self { cluster, ledger, nodes: Mutex::new(Nodes::new(now)), operator }
+        Self {
+            cluster,
+            ledger,
+            nodes: Mutex::new(Nodes::new(now)),
+            operator,
+            metrics: Default::default(),
+        }
     }
 
     fn nodes(&self) -> MutexGuard<'_, Nodes> {

@@ -12,7 +12,9 @@ use std::time::{Duration, Instant};
 /// A node that answered within this is alive: it lost at most four HELLOs in a row.
 pub const ALIVE: Duration = Duration::from_secs(5);
 /// A node that did not answer for so long has lost its jobs.
-pub const SILENCE_MAX: Duration = Duration::from_secs(60);
+const SILENCE_MAX: Duration = Duration::from_secs(60);
+/// The same where no other node answers either, so that the broker's own network may be what is broken.
+const SILENCE_OF_ALL_MAX: Duration = Duration::from_secs(3600);
 /// A pause between two looks at the clock after which the broker blames itself for any silence.
 const LAG_MAX: Duration = Duration::from_secs(10);
 
@@ -65,15 +67,17 @@ pub enum Change {
 #[derive(Debug)]
 pub struct Nodes {
     seen: BTreeMap<NodeId, Seen>,
-    /// Silence counts from here at the earliest: before, the broker itself was not listening.
-    listening_since: Instant,
+    /// Since when the broker runs without a pause: before, it was not listening.
+    awake_since: Instant,
+    /// Since when some node or other answers without a pause: before, the broker may have been cut off.
+    connected_since: Instant,
     last_tick: Instant,
 }
 
 impl Nodes {
     /// Knows no node yet.
     pub fn new(now: Instant) -> Self {
-        Self { seen: BTreeMap::new(), listening_since: now, last_tick: now }
+        Self { seen: BTreeMap::new(), awake_since: now, connected_since: now, last_tick: now }
     }
 
     /// Takes in a verified answer. `nodes_max` bounds what is kept: the longest silent one makes room.
@@ -93,12 +97,22 @@ impl Nodes {
         change
     }
 
-    /// Once a second. Forgives all silence if the broker itself was stopped meanwhile.
+    /// Once a second. Forgives all silence if the broker itself was stopped meanwhile, and blames no single node
+    /// while none answers.
     pub fn tick(&mut self, now: Instant) {
         if since(self.last_tick, now) > LAG_MAX {
-            self.listening_since = now;
+            self.awake_since = now;
+            self.connected_since = now;
+        }
+        if self.alive(now).next().is_none() {
+            self.connected_since = now;
         }
         self.last_tick = now;
+    }
+
+    /// When the nodes were last looked after.
+    pub fn last_tick(&self) -> Instant {
+        self.last_tick
     }
 
     /// The last answer of a node.
@@ -106,10 +120,12 @@ impl Nodes {
         self.seen.get(node)
     }
 
-    /// How long a node has not answered while the broker listened.
-    pub fn silence(&self, node: &NodeId, now: Instant) -> Duration {
-        let heard = self.seen.get(node).map_or(self.listening_since, |seen| seen.at);
-        since(heard.max(self.listening_since), now)
+    /// Whether a node has not answered for so long that its jobs are lost: a minute in which others did, or an
+    /// hour.
+    pub fn is_lost(&self, node: &NodeId, now: Instant) -> bool {
+        let heard = self.seen.get(node).map_or(self.awake_since, |seen| seen.at);
+        since(heard.max(self.connected_since), now) > SILENCE_MAX
+            || since(heard.max(self.awake_since), now) > SILENCE_OF_ALL_MAX
     }
 
     /// Numbers of the nodes that are alive.

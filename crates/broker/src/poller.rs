@@ -5,8 +5,8 @@ use crate::Broker;
 use crate::nodes::ALIVE;
 use crate::watch::{Ask, Heard};
 use onde_client::echo::{Echo, EchoError};
-use onde_wire::key::{Key, job_key};
-use onde_wire::packet::{Hello, Op, Packet, Reply, Request, Status};
+use onde_wire::key::Key;
+use onde_wire::packet::{Hello, Op, Packet, Party, Reply, Request, Status};
 use std::collections::{HashMap, HashSet};
 use std::net::Ipv4Addr;
 use std::sync::Arc;
@@ -154,9 +154,9 @@ impl Asker {
 
     fn about_job(&self, ask: &Ask) -> (u64, Pending) {
         let nonce = u64::from_le_bytes(crate::random());
-        let key = Key::new(&job_key(&self.broker.node_key(&ask.node), &ask.job));
+        let key = Party::Owner.key(&self.broker.node_key(&ask.node), &ask.job);
         let request = if ask.op == Op::Stop { Request::Stop } else { Request::Status };
-        let packet = request.emit(nonce, &ask.job, &key);
+        let packet = request.emit_as(Party::Owner, nonce, &ask.job, &key);
         (nonce, Pending { ipv4: ask.ipv4, packet, kind: Kind::Job(*ask, Box::new(key)) })
     }
 

@@ -59,6 +59,9 @@ pub enum Refusal {
     /// More requests a second than its key or its address may make.
     #[error("too many requests")]
     TooMany,
+    /// The broker runs and cannot do its work.
+    #[error("{0}")]
+    NotReady(&'static str),
     /// The store failed; nothing was changed.
     #[error("the ledger failed")]
     Ledger(#[from] rusqlite::Error),
@@ -103,6 +106,7 @@ impl Refusal {
             }
             Refusal::NoAddress => (503, "no_address", "try again when other VMs have ended"),
             Refusal::TooMany => (429, "too_many", "make fewer requests a second"),
+            Refusal::NotReady(_) => (503, "not_ready", "see the broker's log"),
             Refusal::Busy => (503, "busy", "try again in a second"),
             Refusal::Ledger(_) => {
                 (500, "ledger", "nothing was changed; repeat with the same idempotency key")

@@ -4,7 +4,7 @@
 use crate::Broker;
 use crate::jobs::{self, JobRow};
 use crate::ledger::{note, unix_s};
-use crate::nodes::{Change, SILENCE_MAX};
+use crate::nodes::Change;
 use crate::refusal::Refusal;
 use crate::settle::{heard_gone, heard_status, settle_lost};
 use onde_client::api::SettledBy;
@@ -114,7 +114,7 @@ impl Broker {
         let nodes = self.nodes();
         if nodes.get(node).is_some_and(|seen| seen.hello.incarnation != *incarnation) {
             Some(SettledBy::NodeRestarted)
-        } else if nodes.silence(node, now) > SILENCE_MAX {
+        } else if nodes.is_lost(node, now) {
             Some(SettledBy::NodeSilent)
         } else {
             None
@@ -162,7 +162,7 @@ fn settle_life(
     by: SettledBy,
 ) -> Result<(), Refusal> {
     if by == SettledBy::NodeSilent {
-        note(tx, "node_silent", Some(node), None, "no answer for a minute: its jobs are credited")?;
+        note(tx, "node_silent", Some(node), None, "no answer for too long: its jobs are credited")?;
     }
     for job in jobs::open_on(tx, node, incarnation, SETTLE_MAX)? {
         settle_lost(tx, &job, by)?;

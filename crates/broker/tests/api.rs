@@ -36,19 +36,14 @@ impl Stage {
         customer.post("/v1/jobs", &purchase(tokens))
     }
 
-    /// Ticks once a second from `from` to `to` seconds, nodes 1 and 2 answering until `silent_from`.
+    /// Ticks once a second from `from` to `to` seconds, node 1 answering until `silent_from` and node 2 always.
     fn pass(&self, from: u64, to: u64, silent_from: u64) {
         for second in from..=to {
             let now = self.start + Duration::from_secs(second);
-            if second < silent_from {
-                for number in [1, 2] {
-                    let hello = hello(number, 1);
-                    hear(
-                        &self.broker,
-                        onde_wire::packet::Hello { uptime_ms: 10_000 + second * 1000, ..hello },
-                        now,
-                    );
-                }
+            for number in if second < silent_from { 1..=2 } else { 2..=2 } {
+                let uptime_ms = 10_000 + second * 1000;
+                let hello = onde_wire::packet::Hello { uptime_ms, ..hello(number, 1) };
+                hear(&self.broker, hello, now);
             }
             self.broker.tick(now).expect("ticked");
         }
@@ -292,6 +287,31 @@ fn a_broker_that_did_not_listen_blames_no_node() {
 }
 
 #[test]
+fn a_broker_that_was_cut_off_blames_no_node_for_an_hour() {
+    let stage = Stage::new();
+    let customer = stage.operator.customer("a", 100);
+    let job = stage.buy(&customer, 10).job;
+    let settled = || customer.get::<Job>(&format!("/v1/jobs/{}", job.id)).settled_by;
+    // No node answers for ten minutes, then node 2 does, and its neighbour a moment later.
+    let tick = |second| {
+        stage.broker.tick(stage.start + Duration::from_secs(second)).expect("ticked");
+    };
+    (1..=600).for_each(tick);
+    stage.pass(601, 660, 601);
+    assert_eq!(settled(), None);
+    stage.pass(661, 3600, 662);
+    assert_eq!(settled(), Some(SettledBy::NodeSilent));
+
+    let request = JobRequest { node: Some(NodeChoice::Number(2)), ..purchase(10) };
+    let job = customer.post::<JobOpened>("/v1/jobs", &request).job;
+    (3601..=7200).for_each(tick);
+    let settled = || customer.get::<Job>(&format!("/v1/jobs/{}", job.id)).settled_by;
+    assert_eq!(settled(), None);
+    tick(7201);
+    assert_eq!(settled(), Some(SettledBy::NodeSilent), "nobody answers for an hour");
+}
+
+#[test]
 fn a_boot_token_never_shown_is_credited_when_it_has_expired() {
     let stage = Stage::new();
     let customer = stage.operator.customer("a", 100);
@@ -389,8 +409,18 @@ fn describes_itself() {
     let stranger = Caller::new(&stage.operator.url, "");
     let document: serde_json::Value = stranger.get("/openapi.json");
     let paths = document["paths"].as_object().expect("paths");
-    assert_eq!(paths.len(), 12, "{:?}", paths.keys());
+    assert_eq!(paths.len(), 14, "{:?}", paths.keys());
     assert!(document["components"]["schemas"]["JobRequest"]["properties"]["mem_mib"].is_object());
-    let health: serde_json::Value = stranger.get("/healthz");
-    assert_eq!(health["nodes_alive"], 2);
+    assert_eq!(stranger.get::<serde_json::Value>("/healthz"), serde_json::json!({}));
+    let (dir, a_minute_ago) = (Dir::new(), Instant::now() - Duration::from_secs(60));
+    let neglected = Caller::new(&serve(broker(&dir.0, a_minute_ago)), "");
+    check(&neglected, "/readyz", None, (503, "not_ready"));
+    let ready: serde_json::Value = stranger.get("/readyz");
+    assert_eq!(ready["nodes_alive"], 2);
+    check(&stranger, "/metrics", None, (401, "unauthorized"));
+    let (_, metrics) = stage.operator.send("/metrics", None).expect("answers");
+    let line = "onde_broker_requests_total{route=\"/readyz\",status=\"200\"} 1\n";
+    let sold = "onde_broker_jobs_sold_total 0\n";
+    assert!(metrics.contains(sold), "{metrics}");
+    assert!(metrics.contains(line) && metrics.contains("onde_broker_nodes_alive 2\n"), "{metrics}");
 }

@@ -45,10 +45,21 @@ struct FakeNode {
 }
 
 impl FakeNode {
+    /// What comes back: before an answer about a job, one that its customer forged with the key it has.
+    fn answers(&self, packet: &Packet) -> Vec<Packet> {
+        let forged = Request::parse(packet).filter(|(request, ..)| *request == Request::Status);
+        let forged = forged.map(|(_, nonce, job)| {
+            let key = Key::new(&node_key(&self.secret, &self.hello.node));
+            let job_key = Key::new(&job_key(&key, &job));
+            Reply::Refused(Op::Status, Status::NoJob).emit(nonce, &job, &job_key)
+        });
+        forged.into_iter().chain(self.answer(packet)).collect()
+    }
+
     fn answer(&self, packet: &Packet) -> Option<Packet> {
         let key = Key::new(&node_key(&self.secret, &self.hello.node));
         let (request, nonce, job) = Request::parse(packet)?;
-        let job_key = Key::new(&job_key(&key, &job));
+        let party_key = Party::of(packet).key(&key, &job);
         Some(match request {
             Request::Hello => Reply::Hello(self.hello).emit(nonce, &job, &key),
             Request::Status => {
@@ -59,7 +70,7 @@ impl FakeNode {
                     }
                     _ => Reply::Refused(Op::Status, Status::NoJob),
                 };
-                reply.emit(nonce, &job, &job_key)
+                reply.emit(nonce, &job, &party_key)
             }
             _ => return None,
         })
@@ -77,13 +88,13 @@ fn answer_at(ipv4: Ipv4Addr, node: Arc<Mutex<FakeNode>>) {
                 recvfrom(&socket, &mut buffer, RecvFlags::empty()).expect("a packet");
             let icmp = &buffer[20..size];
             let Ok(packet) = <&Packet>::try_from(&icmp[8..]) else { continue };
-            let answer = node.lock().expect("no panic").answer(packet).filter(|_| icmp[0] == 8);
-            if let (Some(answer), Some(from)) = (answer, from) {
+            let (Some(from), 8) = (from, icmp[0]) else { continue };
+            for answer in node.lock().expect("no panic").answers(packet) {
                 let mut reply = [&icmp[..8], &answer].concat();
                 reply[..4].fill(0);
                 let sum = checksum(&reply);
                 reply[2..4].copy_from_slice(&sum.to_be_bytes());
-                let to = SocketAddrV4::try_from(from).expect("IPv4");
+                let to = SocketAddrV4::try_from(from.clone()).expect("IPv4");
                 sendto(&socket, &reply, SendFlags::empty(), &to).expect("sent");
             }
         }

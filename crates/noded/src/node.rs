@@ -9,8 +9,8 @@ use onde_wire::handover::COOKIE_SIZE;
 use onde_wire::key::{self, Key};
 use onde_wire::machine::{Identity, Meter, VmmCommand, VmmEvent};
 use onde_wire::packet::{
-    Booted, CONSOLE_SLICE_MAX, ConsoleSlice, EndReason, Hello, Op, Packet, Paid, Prices, Reply,
-    Request, Status,
+    Booted, CONSOLE_SLICE_MAX, ConsoleSlice, EndReason, Hello, Op, Packet, Paid, Party, Prices,
+    Reply, Request, Status,
 };
 use onde_wire::plan::{self, Plan, SLOTS_MAX};
 use onde_wire::token::{BootToken, Incarnation, JobId, NodeId};
@@ -59,6 +59,7 @@ pub struct Caller {
     cookie: Cookie,
     nonce: u64,
     job: JobId,
+    party: Party,
 }
 
 /// The end of a VM's console, kept when the rest of the VM is gone.
@@ -221,13 +222,13 @@ impl Node {
     }
 
     fn reply(&self, caller: &Caller, reply: &Reply) -> Effect {
-        let job_key = Key::new(&key::job_key(&self.key, &caller.job));
-        Effect::Reply(caller.cookie, reply.emit(caller.nonce, &caller.job, &job_key))
+        let key = caller.party.key(&self.key, &caller.job);
+        Effect::Reply(caller.cookie, reply.emit(caller.nonce, &caller.job, &key))
     }
 
     fn packet(&mut self, now_ms: u64, cookie: Cookie, packet: &Packet) -> Vec<Effect> {
         let Some((request, nonce, job)) = Request::parse(packet) else { return vec![] };
-        let caller = Caller { cookie, nonce, job };
+        let caller = Caller { cookie, nonce, job, party: Party::of(packet) };
         let refused = |status| Reply::Refused(request.op(), status);
         if let Request::Boot(token, _) = request {
             // The reply goes under the key of the job in the header: it has to be the token's.

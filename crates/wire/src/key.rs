@@ -62,6 +62,12 @@ pub fn node_key(cluster_secret: &[u8; KEY_SIZE], node: &[u8; 16]) -> [u8; KEY_SI
 pub fn job_key(node_key: &Key, job: &[u8; 16]) -> [u8; KEY_SIZE] {
     node_key.tag(&[b"job", job])
 }
+
+/// Key under which the broker asks a node about a job. Its customer never knows it, and so cannot answer in the
+/// node's place that the job is gone and its money is to come back.
+pub fn owner_key(node_key: &Key, job: &[u8; 16]) -> [u8; KEY_SIZE] {
+    node_key.tag(&[b"owner", job])
+}
 // tcb:stranger-end
 
 /// Key of a node's redemption certificates, used for nothing else.

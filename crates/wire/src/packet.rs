@@ -3,11 +3,11 @@
 //!
 //! ```text
 //!  0      4         5    6        7     8       16       32      64              1024
-//!  "ONDE" | version | op | status | 0   | nonce | job id | tag   | body, zeros   |
+//!  "ONDE" | version | op | status | party | nonce | job id | tag | body, zeros   |
 //! ```
 //! The tag of a BOOT request is the boot token's, under the node key. HELLO requests have none.
-//! All other requests and all replies are tagged over bytes 0..32 and the whole body under the job
-//! key (HELLO replies: node key), so a reply answers exactly one nonce.
+//! All other requests and all replies are tagged over bytes 0..32 and the whole body under the
+//! party's key of the job (HELLO replies: node key), so a reply answers exactly one nonce.
 
 use crate::bytes::{Reader, Writer};
 use crate::key::{Key, Tag};
@@ -73,6 +73,33 @@ impl Op {
     // tcb:stranger-end
 }
 
+// tcb:stranger-begin
+/// Who asks about a job: each has a key of its own for it, and gets the answer under that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Party {
+    /// Its customer, under [`crate::key::job_key`].
+    Customer = 0,
+    /// The broker, under [`crate::key::owner_key`]: STATUS and STOP only.
+    Owner = 1,
+}
+
+impl Party {
+    /// Who sent this request.
+    pub fn of(packet: &Packet) -> Self {
+        if packet[7] == Self::Owner as u8 { Self::Owner } else { Self::Customer }
+    }
+
+    /// The party's key for a job.
+    pub fn key(self, node_key: &Key, job: &JobId) -> Key {
+        Key::new(&match self {
+            Party::Customer => crate::key::job_key(node_key, job),
+            Party::Owner => crate::key::owner_key(node_key, job),
+        })
+    }
+}
+// tcb:stranger-end
+
 /// How a request went.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -135,10 +162,12 @@ impl<'a> RequestUnchecked<'a> {
     /// Looks at an echo payload; `None` unless it is an Onde request of this version.
     pub fn parse(payload: &'a [u8]) -> Option<Self> {
         let packet: &Packet = payload.try_into().ok()?;
-        if packet[..4] != MAGIC || packet[4] != VERSION || packet[6] != 0 || packet[7] != 0 {
+        if packet[..4] != MAGIC || packet[4] != VERSION || packet[6] != 0 {
             return None;
         }
-        Some(Self { packet, op: Op::parse(packet[5])? })
+        let op = Op::parse(packet[5])?;
+        let may_ask = matches!((packet[7], op), (0, _) | (1, Op::Status | Op::Stop));
+        may_ask.then_some(Self { packet, op })
     }
 
     /// What it asks for.
@@ -156,16 +185,16 @@ impl<'a> RequestUnchecked<'a> {
         job(self.packet)
     }
 
-    /// Checks the tag: a BOOT's under the node key, any other under the job key that the node
-    /// key gives. HELLO has no tag and is not a case for this.
+    /// Checks the tag: a BOOT's under the node key, any other under the party's key for the job, which the
+    /// node key gives. HELLO has no tag and is not a case for this.
     pub fn verify(&self, node_key: &Key) -> bool {
         let body = &self.packet[BODY..BODY + self.op.request_size()];
         match self.op {
             Op::Hello => false,
             Op::Boot => node_key.verify(&[body], tag(self.packet)),
             _ => {
-                let job_key = Key::new(&crate::key::job_key(node_key, &self.job()));
-                job_key.verify(&[&self.packet[..HEAD_SIZE], body], tag(self.packet))
+                let key = Party::of(self.packet).key(node_key, &self.job());
+                key.verify(&[&self.packet[..HEAD_SIZE], body], tag(self.packet))
             }
         }
     }
@@ -214,7 +243,13 @@ impl Request {
 
     /// The packet for this request. `job_key` tags it; HELLO and BOOT do not use it.
     pub fn emit(&self, nonce: u64, job: &JobId, job_key: &Key) -> Packet {
+        self.emit_as(Party::Customer, nonce, job, job_key)
+    }
+
+    /// As [`Self::emit`], with the key of this party.
+    pub fn emit_as(&self, party: Party, nonce: u64, job: &JobId, key: &Key) -> Packet {
         let mut packet = head(self.op() as u8, 0, nonce, job);
+        packet[7] = party as u8;
         let mut w = Writer::new(&mut packet[BODY..]);
         match self {
             Request::Hello | Request::Status | Request::Stop => {}
@@ -230,7 +265,7 @@ impl Request {
             Request::Boot(_, tag) => *tag,
             _ => {
                 let body = &packet[BODY..BODY + self.op().request_size()];
-                job_key.tag(&[&packet[..HEAD_SIZE], body])
+                key.tag(&[&packet[..HEAD_SIZE], body])
             }
         };
         packet[HEAD_SIZE..BODY].copy_from_slice(&tag);

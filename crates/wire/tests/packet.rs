@@ -124,6 +124,22 @@ fn requests_keep_their_bytes() {
 }
 
 #[test]
+fn the_owner_asks_under_a_key_that_the_customer_does_not_have() {
+    let owner = Party::Owner.key(&node(), &JOB);
+    for (request, _) in requests() {
+        let packet = request.emit_as(Party::Owner, NONCE, &JOB, &owner);
+        let may = matches!(request, Request::Status | Request::Stop);
+        assert_eq!(is_accepted(&packet), may, "{request:?}");
+        assert!(!is_accepted(&request.emit_as(Party::Owner, NONCE, &JOB, &job())));
+        let as_customer = request.emit(NONCE, &JOB, &owner);
+        assert_eq!(is_accepted(&as_customer), matches!(request, Request::Boot(..)));
+        assert_eq!((Party::of(&packet), Party::of(&as_customer)), (Party::Owner, Party::Customer));
+    }
+    let forged = Reply::Refused(Op::Status, Status::NoJob).emit(NONCE, &JOB, &job());
+    assert_eq!(Reply::parse(&forged, Op::Status, NONCE, Some(&owner)), None);
+}
+
+#[test]
 fn replies_keep_their_bytes() {
     for (reply, op, golden) in replies() {
         let key = reply_key(op);

@@ -164,6 +164,27 @@ impl Caller {
         Self::new(&self.url, &opened.key)
     }
 
+    /// Status, media type and body of an answer to any method.
+    pub fn ask(&self, method: &str, path: &str, body: Option<&str>) -> (u16, String, String) {
+        let host = self.url.split('#').next().expect("always one");
+        let request = ureq::http::Request::builder()
+            .method(&*method.to_uppercase())
+            .uri(format!("{host}{path}"))
+            .header("Authorization", format!("Bearer {}", self.key));
+        let answer = match body {
+            None => self.agent.run(request.body(()).expect("a request")),
+            Some(body) => {
+                let request = request.header("Content-Type", "application/json");
+                self.agent.run(request.body(body.to_owned()).expect("a request"))
+            }
+        };
+        let mut answer = answer.expect("the broker answers");
+        let kind = answer.headers().get("content-type").and_then(|kind| kind.to_str().ok());
+        let kind = kind.unwrap_or_default().to_owned();
+        let status = answer.status().as_u16();
+        (status, kind, answer.body_mut().read_to_string().expect("a body"))
+    }
+
     /// Status and body; an error where the server is away or went away.
     pub fn send(&self, path: &str, body: Option<&str>) -> Result<(u16, String), ureq::Error> {
         let host = self.url.split('#').next().expect("always one");

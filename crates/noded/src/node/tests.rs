@@ -505,6 +505,25 @@ fn a_request_for_another_job_than_its_token_is_dropped() {
     assert!(bench.vms.is_empty());
 }
 
+#[test]
+fn the_broker_is_answered_under_its_own_key() {
+    let mut bench = Bench::new(config());
+    bench.make(Boot(1));
+    let key = Party::Owner.key(&Key::new(&config().node_key), &[1; 16]);
+    let mut answered = 0;
+    for request in [Request::Status, Request::Stop] {
+        let packet = request.emit_as(Party::Owner, 7, &[1; 16], &key);
+        let event = Event::Packet([0; COOKIE_SIZE], packet);
+        for effect in bench.node.step(bench.now_ms, event) {
+            let Effect::Reply(_, reply) = effect else { continue };
+            assert!(Reply::parse(&reply, request.op(), 7, Some(&key)).is_some());
+            assert!(Reply::parse(&reply, request.op(), 7, Some(&job_key(1))).is_none());
+            answered += 1;
+        }
+    }
+    assert!(answered > 0);
+}
+
 /// A few lines that give the same numbers for the same seed everywhere (SplitMix64, Steele and others, 2014).
 struct Dice(u64);
 
