@@ -139,9 +139,23 @@ impl Broker {
         }
     }
 
+    /// The node with this number, where the broker knows it.
+    pub fn node(&self, number: u32) -> Result<Option<Node>, BrokerError> {
+        let after =
+            number.checked_sub(1).map_or(String::new(), |before| format!("&after={before}"));
+        let page: NodeList = self.get(&format!("/v1/nodes?limit=1{after}"))?;
+        Ok(page.nodes.into_iter().find(|node| node.number == number))
+    }
+
     /// The caller's account with the newest `limit` lines of its journal.
     pub fn account(&self, limit: u32) -> Result<Account, BrokerError> {
         self.get(&format!("/v1/account?limit={}", limit.clamp(1, PAGE_MAX)))
+    }
+
+    /// A page of the caller's journal: the lines before `before`, or the newest.
+    pub fn journal(&self, before: Option<i64>) -> Result<Account, BrokerError> {
+        let before = before.map_or(String::new(), |before| format!("&before={before}"));
+        self.get(&format!("/v1/account?limit={PAGE_MAX}{before}"))
     }
 
     /// Buys a job.

@@ -1,49 +1,68 @@
-//! The home node: what pays for a running VM, little by little, while it makes progress. `onde run` has one in
-//! a thread, a detached job in a process of its own. It calls [`Home::step`] once a second; nothing here waits
-//! but for answers. It never spends more than the budget in the job's file, and what it bought is in that file
-//! before it goes to the node, so that a crash loses nothing.
+//! The home node: what pays for a running VM, little by little, while it makes progress. `onde wallet serve` has one for
+//! each job that was left to it, `onde run` one in a thread. It calls [`Home::step`] once a second; nothing here waits
+//! but for answers. What it does next follows from the job's file and the node's answer alone, and the file says so
+//! before money moves, so that a crash between any two lines loses nothing and pays nothing twice.
+//!
+//! ```text
+//!  broker --- lots of a minute ---> job's file --- releases of seconds ---> node
+//! ```
+//! Tokens that were bought and not released cost nothing: the broker gives them back. A token of a chain gives all before
+//! it, so a release needs no broker.
 
-use crate::api::{Payment, TokensRequest};
+pub mod judge;
+pub mod release;
+
+use crate::api::{Payment, Prices, TokensRequest};
 use crate::broker::{Broker, BrokerError, new_key};
 use crate::echo::{Echo, Exchange, Policy};
 use crate::job::{Job, Jobs, JobsError, Purchase};
-use crate::node::{Handle, NodeError};
-use onde_wire::chain::STEPS_MAX;
+use crate::node::NodeError;
+use judge::{Deal, Judge};
+use onde_wire::chain;
 use onde_wire::machine::Stage;
-use onde_wire::packet::{JobStatus, Status};
+use onde_wire::packet::JobStatus;
 use onde_wire::token::{JobId, PaymentToken};
-use std::time::Duration;
+use release::Act;
+use std::time::{Duration, Instant};
 
-/// How often a VM is asked how it stands: several times in the shortest descent from a few tokens to none.
+/// How often a VM is asked how it stands: several times in the time that a release lasts.
 pub const STEP_PERIOD: Duration = Duration::from_secs(1);
-/// More is bought when less than this is left, seconds: room for a broker that restarts.
-const LOW_S: u64 = 20;
-/// What is bought lasts this long at the present rate, seconds.
-const BUY_S: u64 = 60;
 /// Asking once a second, one lost reply is no silence.
 const POLICY: Policy = Policy { tries: 3, first: Duration::from_millis(250) };
+/// Acts of one step: finish a purchase, buy, show.
+const ACTS_MAX: usize = 3;
 
 /// How a step went.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Standing {
     /// The VM lives and is paid for.
     Fine(JobStatus),
-    /// Tokens were bought and handed in.
+    /// Tokens were released to the node; so many of the job are now.
     Paid(JobStatus, u32),
     /// It needs more and the budget is spent: it will end when its balance is gone.
     AtBudget(JobStatus),
+    /// It makes no progress, so it gets nothing.
+    Withheld(JobStatus),
+    /// The node cheats, so it gets nothing more; why.
+    Distrusted(JobStatus, String),
     /// The VM is over.
     Over(JobStatus),
+    /// The job's file says that it was settled.
+    Settled,
 }
 
 impl Standing {
-    /// How the VM stands.
-    pub fn status(&self) -> &JobStatus {
-        let (Standing::Fine(status)
-        | Standing::Paid(status, _)
-        | Standing::AtBudget(status)
-        | Standing::Over(status)) = self;
-        status
+    /// How the VM stands, where the node was asked.
+    pub fn status(&self) -> Option<&JobStatus> {
+        match self {
+            Standing::Fine(status)
+            | Standing::Paid(status, _)
+            | Standing::AtBudget(status)
+            | Standing::Withheld(status)
+            | Standing::Distrusted(status, _)
+            | Standing::Over(status) => Some(status),
+            Standing::Settled => None,
+        }
     }
 }
 
@@ -62,17 +81,30 @@ pub enum HomeError {
     /// No randomness for a purchase's key.
     #[error("no randomness: {0}")]
     Randomness(#[from] getrandom::Error),
+    /// The broker does not know the job's node, so what it may charge is unknown.
+    #[error("the broker knows no prices of node {0}")]
+    NoPrices(u32),
+    /// The job's file lacks a token that the node was promised.
+    #[error("token {0} is not in the job's file")]
+    NoToken(u32),
 }
 
 /// Where tokens are bought: a [`Broker`], or one that a simulation reaches by other ways.
 pub trait Shop {
     /// See [`Broker::tokens`].
     fn tokens(&self, job: &JobId, request: &TokensRequest) -> Result<Payment, BrokerError>;
+
+    /// A node's price list; `None` where the broker does not know the node.
+    fn prices(&self, node: u32) -> Result<Option<Prices>, BrokerError>;
 }
 
 impl Shop for Broker {
     fn tokens(&self, job: &JobId, request: &TokensRequest) -> Result<Payment, BrokerError> {
         Broker::tokens(self, job, request)
+    }
+
+    fn prices(&self, node: u32) -> Result<Option<Prices>, BrokerError> {
+        Ok(self.node(node)?.map(|node| node.prices))
     }
 }
 
@@ -83,73 +115,126 @@ pub struct Home<E = Echo, S = Broker> {
     shop: S,
     jobs: Jobs,
     id: JobId,
-    handle: Handle,
+    born: Instant,
+    /// Of the node that the job was on when it was heard last.
+    judge: (u32, Judge),
 }
 
 impl<E: Exchange, S: Shop> Home<E, S> {
     /// The home node of `job`.
     pub fn new(echo: E, shop: S, jobs: Jobs, job: &Job) -> Self {
-        Self { echo, shop, jobs, id: job.id.0, handle: job.handle() }
+        let judge = (job.node, Judge::default());
+        Self { echo, shop, jobs, id: job.id.0, born: Instant::now(), judge }
     }
 
-    /// Looks how the VM stands, and buys and pays where it needs it and the budget allows.
-    pub fn step(&mut self) -> Result<Standing, HomeError> {
-        let status = self.handle.status(&mut self.echo, POLICY)?;
+    /// Looks how the VM stands, and buys and releases where it needs it, `has_progress`, and node and budget allow.
+    pub fn step(&mut self, has_progress: bool) -> Result<Standing, HomeError> {
+        self.step_at(self.born.elapsed(), has_progress)
+    }
+
+    /// The same at `now`, on a clock that begins anywhere and never jumps.
+    pub fn step_at(&mut self, now: Duration, has_progress: bool) -> Result<Standing, HomeError> {
+        let _turn = self.jobs.turn(&self.id)?;
+        let mut job = self.jobs.get(&self.id)?;
+        if job.settled.is_some() {
+            return Ok(Standing::Settled);
+        }
+        let status = job.handle().status(&mut self.echo, POLICY)?;
         if !status.stage.is_alive() && status.stage != Stage::Suspended {
             return Ok(Standing::Over(status));
         }
-        let job = self.jobs.update(&self.id, |job| {
-            job.payments.retain(|payment| payment.index > status.last_index);
-        })?;
-        if job.purchase.is_some() || !job.payments.is_empty() {
-            return self.finish(status);
+        if let Some(why) = job.distrust {
+            return Ok(Standing::Distrusted(status, why));
         }
-        match due(&status, &job) {
-            None => Ok(Standing::Fine(status)),
-            Some(0) => Ok(Standing::AtBudget(status)),
-            Some(count) => self.buy(status, count),
+        let deal = self.deal(&mut job)?;
+        if self.judge.0 != job.node {
+            self.judge = (job.node, Judge::default());
         }
+        if let Err(cheat) = self.judge.1.hear(&deal, now, &status) {
+            let why = cheat.to_string();
+            self.jobs.update(&self.id, |job| job.distrust = Some(why.clone()))?;
+            return Ok(Standing::Distrusted(status, why));
+        }
+        if !has_progress {
+            return Ok(Standing::Withheld(status));
+        }
+        self.act(&deal, status)
     }
 
-    /// Buys `count` tokens and hands them in, whatever the balance; they count towards no budget.
-    pub fn pay(&mut self, count: u32) -> Result<Standing, HomeError> {
-        let status = self.handle.status(&mut self.echo, Policy::default())?;
-        self.buy(status, count)
+    fn act(&mut self, deal: &Deal, mut status: JobStatus) -> Result<Standing, HomeError> {
+        for _ in 0..ACTS_MAX {
+            let job = self.finish_purchase()?;
+            match release::next(deal, &status, &job) {
+                Act::Hold => return Ok(Standing::Fine(status)),
+                Act::AtBudget => return Ok(Standing::AtBudget(status)),
+                Act::Buy(count) => self.order(count)?,
+                Act::Show(index) => {
+                    self.show(index, &mut status)?;
+                    return Ok(Standing::Paid(status, index));
+                }
+            }
+        }
+        Ok(Standing::Fine(status))
     }
 
-    fn buy(&mut self, status: JobStatus, count: u32) -> Result<Standing, HomeError> {
+    /// Buys `count` tokens and releases them all, whatever the balance; they count towards no budget.
+    pub fn pay(&mut self, count: u32) -> Result<JobStatus, HomeError> {
+        let _turn = self.jobs.turn(&self.id)?;
+        let mut job = self.finish_purchase()?;
+        let mut status = job.handle().status(&mut self.echo, POLICY)?;
+        if status.last_index < job.released {
+            self.show(job.released, &mut status)?;
+        }
+        self.order(count)?;
+        self.finish_purchase()?;
+        // What is paid by hand is on top of what the home node may spend.
+        job = self.jobs.update(&self.id, |job| job.budget = job.budget.saturating_add(count))?;
+        let index = status.last_index.saturating_add(count).min(job.bought());
+        self.show(index, &mut status)?;
+        Ok(status)
+    }
+
+    /// What was bought; a job from before price lists were kept gets its node's present one.
+    fn deal(&mut self, job: &mut Job) -> Result<Deal, HomeError> {
+        if job.prices.is_none()
+            && let Some(prices) = self.shop.prices(job.node)?
+        {
+            *job = self.jobs.update(&self.id, |job| job.prices = Some(prices))?;
+        }
+        job.deal().ok_or(HomeError::NoPrices(job.node))
+    }
+
+    /// Notes a purchase: the next thing to do is [`Home::finish_purchase`], in this life or the next.
+    fn order(&mut self, count: u32) -> Result<(), HomeError> {
         let purchase = Purchase { key: new_key()?, count };
         self.jobs.update(&self.id, |job| job.purchase = Some(purchase))?;
-        self.finish(status)
+        Ok(())
     }
 
-    /// Does what is left of a purchase: from the broker to the file, from the file to the node.
-    fn finish(&mut self, mut status: JobStatus) -> Result<Standing, HomeError> {
-        let mut job = self.jobs.update(&self.id, |_| {})?;
-        let bought = job.purchase.as_ref().map_or(0, |purchase| purchase.count);
-        if let Some(Purchase { key, count }) = job.purchase {
-            let request = TokensRequest { idempotency_key: key, count };
-            let payment = self.shop.tokens(&self.id, &request);
-            let payment = payment.inspect_err(|error| self.forget_refused(error))?;
-            job = self.jobs.update(&self.id, |job| {
-                job.purchase = None;
-                job.sold = job.sold.max(payment.index);
-                job.payments.push(payment);
-            })?;
-        }
-        for payment in &job.payments {
-            let token = PaymentToken { index: payment.index, value: payment.value.0 };
-            match self.handle.pay(&mut self.echo, token) {
-                Ok(paid) => status.balance_micro = paid.balance_micro,
-                // Already counted: a later token was faster.
-                Err(error) if error.refusal() == Some(Status::BadPayment) => {}
-                Err(error) => return Err(error.into()),
-            }
-            let index = payment.index;
-            self.jobs
-                .update(&self.id, |job| job.payments.retain(|payment| payment.index > index))?;
-        }
-        Ok(Standing::Paid(status, bought))
+    /// Does what is left of a purchase, if there is one: from the broker to the file. The job as it is then.
+    fn finish_purchase(&mut self) -> Result<Job, HomeError> {
+        let job = self.jobs.get(&self.id)?;
+        let Some(Purchase { key, count }) = job.purchase else { return Ok(job) };
+        let request = TokensRequest { idempotency_key: key, count };
+        let payment = self.shop.tokens(&self.id, &request);
+        let payment = payment.inspect_err(|error| self.forget_refused(error))?;
+        Ok(self.jobs.update(&self.id, |job| {
+            job.purchase = None;
+            job.sold = job.sold.max(payment.index);
+            job.payments.push(payment);
+        })?)
+    }
+
+    /// Releases all tokens up to `index` to the node. The file knows first: what the node might have seen is never
+    /// taken for unreleased.
+    fn show(&mut self, index: u32, status: &mut JobStatus) -> Result<(), HomeError> {
+        let job = self.jobs.update(&self.id, |job| job.release(index))?;
+        let token = token(&job, index).ok_or(HomeError::NoToken(index))?;
+        let paid = job.handle().pay(&mut self.echo, token)?;
+        self.judge.1.confirm(index);
+        status.last_index = status.last_index.max(paid.last_index);
+        status.balance_micro = paid.balance_micro;
+        Ok(())
     }
 
     /// A purchase that the broker refused is none.
@@ -161,70 +246,13 @@ impl<E: Exchange, S: Shop> Home<E, S> {
     }
 }
 
-/// How many tokens the VM is due: `None` while it has enough, 0 where the budget does not allow any.
-fn due(status: &JobStatus, job: &Job) -> Option<u32> {
-    if status.seconds_left >= LOW_S && status.stage != Stage::Low {
-        return None;
-    }
-    let micro = status.burn_micro_per_s.saturating_mul(BUY_S);
-    let wanted = u32::try_from(micro.div_ceil(job.value_micro.max(1))).unwrap_or(STEPS_MAX);
-    Some(wanted.clamp(1, STEPS_MAX).min(job.budget.saturating_sub(job.sold)))
+/// The token of this index, from the nearest one behind it: at most a purchase's number of steps.
+fn token(job: &Job, index: u32) -> Option<PaymentToken> {
+    let behind = job.payments.iter().filter(|payment| payment.index >= index);
+    let nearest = behind.min_by_key(|payment| payment.index)?;
+    let value = chain::walk(&nearest.value.0, nearest.index - index);
+    Some(PaymentToken { index, value })
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::api::Hex;
-    use onde_wire::packet::EndReason;
-    use std::net::Ipv4Addr;
-
-    fn check(seconds_left: u64, burn_micro_per_s: u64, sold: u32, expect: Option<u32>) {
-        let status = JobStatus {
-            stage: Stage::Running,
-            end: EndReason::None,
-            last_index: sold,
-            balance_micro: 0,
-            spent_micro: 0,
-            burn_micro_per_s,
-            seconds_left,
-            age_ms: 0,
-            cpu_us: 0,
-            mem_mib_ms: 0,
-            sent_bytes: 0,
-            disk_mib_ms: 0,
-        };
-        let job = Job {
-            id: Hex([0; 16]),
-            key: Hex([0; 32]),
-            name: None,
-            title: String::new(),
-            context: String::new(),
-            node: 1,
-            node_ipv4: Ipv4Addr::LOCALHOST,
-            guest_ipv4: Ipv4Addr::LOCALHOST,
-            mem_mib: 64,
-            vcpus: 1,
-            value_micro: 1_000_000,
-            sold,
-            budget: 100,
-            opened_at: 0,
-            has_agent: true,
-            exit: None,
-            purchase: None,
-            payments: Vec::new(),
-            settled: None,
-        };
-        assert_eq!(due(&status, &job), expect);
-    }
-
-    #[test]
-    fn buys_a_minute_when_little_is_left_and_never_beyond_the_budget() {
-        check(LOW_S, 850_000, 10, None);
-        check(LOW_S - 1, 850_000, 10, Some(51));
-        check(LOW_S - 1, 850_000, 60, Some(40));
-        check(0, 850_000, 100, Some(0));
-        check(0, 850_000, 200, Some(0));
-        check(5, 0, 10, Some(1));
-        check(5, u64::MAX, 10, Some(90));
-    }
-}
+pub(crate) mod tests;

@@ -2,7 +2,8 @@
 //! the job's key. `onde` and the home node share them: every change is a [`Jobs::update`], which reads the file
 //! anew under a lock, and a file is always whole, as it is written aside and renamed.
 
-use crate::api::{Hex, JobOpened, Payment, SettledBy};
+use crate::api::{Hex, JobOpened, Payment, Prices, SettledBy};
+use crate::home::judge::Deal;
 use crate::node::Handle;
 use onde_wire::key::Key;
 use onde_wire::token::JobId;
@@ -42,6 +43,19 @@ pub struct Purchase {
     pub count: u32,
 }
 
+/// What shows that a job makes progress. Without any, it always does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Watch {
+    /// A command for `/bin/sh` that succeeds while it does.
+    pub command: Option<String>,
+    /// The folder that the command runs in.
+    pub dir: PathBuf,
+    /// A file on this machine that changes while it does.
+    pub file: Option<PathBuf>,
+    /// How long the file may stay as it is, seconds.
+    pub within_s: u32,
+}
+
 /// A job file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Job {
@@ -65,10 +79,19 @@ pub struct Job {
     pub mem_mib: u32,
     /// Number of vCPUs.
     pub vcpus: u16,
+    /// Disk, MiB.
+    #[serde(default)]
+    pub disk_mib: u32,
+    /// The node's price list when the job was bought; a node that charges more is not paid.
+    #[serde(default)]
+    pub prices: Option<Prices>,
     /// Micro-tokens that a payment token is worth.
     pub value_micro: u64,
     /// Payment tokens bought, those of the boot token included.
     pub sold: u32,
+    /// Payment tokens that the node may have seen, those of the boot token included: written before they are shown.
+    #[serde(default)]
+    pub released: u32,
     /// Most payment tokens that the home node buys in all.
     pub budget: u32,
     /// Seconds since 1970 at which it was bought.
@@ -78,9 +101,18 @@ pub struct Job {
     /// Exit status of its program, where it is known.
     #[serde(default)]
     pub exit: Option<u8>,
+    /// Whether `onde wallet serve` pays for it, and nobody else.
+    #[serde(default)]
+    pub kept: bool,
+    /// What shows that it makes progress.
+    #[serde(default)]
+    pub watch: Option<Watch>,
+    /// Why its node is not paid any more, where it was found cheating.
+    #[serde(default)]
+    pub distrust: Option<String>,
     /// A purchase that the broker has not answered.
     pub purchase: Option<Purchase>,
-    /// Payments that the node has not taken.
+    /// Payment tokens bought and not all released: the newest of each purchase, which gives those before it.
     pub payments: Vec<Payment>,
     /// How it ended.
     pub settled: Option<Settled>,
@@ -101,16 +133,42 @@ impl Job {
             guest_ipv4: job.guest_ipv4,
             mem_mib: job.mem_mib,
             vcpus: job.vcpus,
+            disk_mib: job.disk_mib,
+            prices: None,
             value_micro: job.value_micro,
             sold: job.first_count,
+            released: job.first_count,
             budget,
             opened_at: now_s(),
             has_agent: false,
             exit: None,
+            kept: false,
+            watch: None,
+            distrust: None,
             purchase: None,
             payments: Vec::new(),
             settled: None,
         }
+    }
+
+    /// What was bought; `None` where the price list is not known.
+    pub fn deal(&self) -> Option<Deal> {
+        let &Self { mem_mib, vcpus, disk_mib, value_micro, .. } = self;
+        let prices = self.prices?.into();
+        Some(Deal { mem_mib, vcpus, disk_mib, value_micro, prices })
+    }
+
+    /// Index of the newest payment token at hand, released or not.
+    pub fn bought(&self) -> u32 {
+        let newest = self.payments.iter().map(|payment| payment.index).max();
+        newest.unwrap_or(0).max(self.released)
+    }
+
+    /// The node is about to see all tokens up to `index`: those before are of no use any more.
+    pub fn release(&mut self, index: u32) {
+        self.released = self.released.max(index);
+        let released = self.released;
+        self.payments.retain(|payment| payment.index >= released);
     }
 
     /// What its node is asked with.
@@ -211,6 +269,10 @@ impl Jobs {
         let surplus = (jobs.len() + 1).saturating_sub(JOBS_MAX);
         for job in old.into_iter().take(surplus) {
             let file = self.file(&job.id.0);
+            for beside in ["turn", "out"] {
+                // Most have none.
+                let _ = fs::remove_file(file.with_extension(beside));
+            }
             fs::remove_file(&file).map_err(|source| JobsError::File { file, source })?;
         }
         self.write(job)
@@ -219,10 +281,46 @@ impl Jobs {
     /// Changes a job's file and returns the job as it is then.
     pub fn update(&self, id: &JobId, change: impl FnOnce(&mut Job)) -> Result<Job, JobsError> {
         let _lock = self.lock()?;
-        let mut job = self.read(&self.file(id))?;
+        let before = self.get(id)?;
+        let mut job = before.clone();
         change(&mut job);
-        self.write(&job)?;
+        if job != before {
+            self.write(&job)?;
+        }
         Ok(job)
+    }
+
+    /// A job's file as it is now.
+    pub fn get(&self, id: &JobId) -> Result<Job, JobsError> {
+        self.read(&self.file(id))
+    }
+
+    /// Waits until nobody else spends for this job, and keeps others from it until the file is closed.
+    pub fn turn(&self, id: &JobId) -> Result<File, JobsError> {
+        self.lock_file(&format!("{}.turn", Hex(*id)), FlockOperation::LockExclusive)
+    }
+
+    /// Makes the caller the one wallet of a context, until the file is closed; `None` where there is one. The file has
+    /// the process's id, for people.
+    pub fn wallet(&self, context: &str) -> Result<Option<File>, JobsError> {
+        let digest = onde_wire::key::sha256(context.as_bytes());
+        let name = format!("wallet-{}", &Hex(digest).to_string()[..16]);
+        match self.lock_file(&name, FlockOperation::NonBlockingLockExclusive) {
+            Err(JobsError::File { source, .. }) if source.kind() == ErrorKind::WouldBlock => {
+                Ok(None)
+            }
+            locked => {
+                let mut file = locked?;
+                let noted = file.set_len(0).and_then(|()| writeln!(file, "{}", std::process::id()));
+                let failed = |source| JobsError::File { file: self.dir.join(name), source };
+                noted.map(|()| Some(file)).map_err(failed)
+            }
+        }
+    }
+
+    /// The folder that they are in.
+    pub fn dir(&self) -> &Path {
+        &self.dir
     }
 
     /// All jobs, newest first.
@@ -254,9 +352,9 @@ impl Jobs {
         }
     }
 
-    /// The log file of a job's home node.
-    pub fn log_file(&self, id: &JobId) -> PathBuf {
-        self.dir.join(format!("{}.log", Hex(*id)))
+    /// The file that a detached program's output is kept in.
+    pub fn output_file(&self, id: &JobId) -> PathBuf {
+        self.dir.join(format!("{}.out", Hex(*id)))
     }
 
     fn file(&self, id: &JobId) -> PathBuf {
@@ -264,10 +362,14 @@ impl Jobs {
     }
 
     fn lock(&self) -> Result<File, JobsError> {
-        let file = self.dir.join("lock");
+        self.lock_file("lock", FlockOperation::LockExclusive)
+    }
+
+    fn lock_file(&self, name: &str, how: FlockOperation) -> Result<File, JobsError> {
+        let file = self.dir.join(name);
         let lock = || -> io::Result<File> {
             let lock = OpenOptions::new().create(true).append(true).mode(0o600).open(&file)?;
-            flock(&lock, FlockOperation::LockExclusive)?;
+            flock(&lock, how)?;
             Ok(lock)
         };
         lock().map_err(|source| JobsError::File { file, source })
@@ -307,15 +409,15 @@ fn check_name(name: &str) -> Result<(), JobsError> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use std::os::unix::fs::PermissionsExt;
 
     /// A folder of its own for a test, gone with it.
-    struct Folder(PathBuf);
+    pub(crate) struct Folder(pub PathBuf);
 
     impl Folder {
-        fn new(name: &str) -> Self {
+        pub(crate) fn new(name: &str) -> Self {
             let name = format!("onde-client-{name}-{}", std::process::id());
             Self(std::env::temp_dir().join(name))
         }
@@ -327,7 +429,8 @@ mod tests {
         }
     }
 
-    fn job(id: [u8; 16], name: Option<&str>, opened_at: u64) -> Job {
+    /// A job's file.
+    pub(crate) fn sample(id: [u8; 16], name: Option<&str>, opened_at: u64) -> Job {
         Job {
             id: Hex(id),
             key: Hex([1; 32]),
@@ -339,12 +442,18 @@ mod tests {
             guest_ipv4: Ipv4Addr::LOCALHOST,
             mem_mib: 256,
             vcpus: 1,
+            disk_mib: 0,
+            prices: None,
             value_micro: 1_000_000,
             sold: 10,
+            released: 10,
             budget: 100,
             opened_at,
             has_agent: true,
             exit: None,
+            kept: false,
+            watch: None,
+            distrust: None,
             purchase: None,
             payments: vec![Payment { index: 20, value: Hex([2; 32]) }],
             settled: None,
@@ -355,7 +464,7 @@ mod tests {
     fn finds_jobs_by_name_and_by_the_first_digits_of_their_id() {
         let folder = Folder::new("find");
         let jobs = Jobs::open(&folder.0).unwrap();
-        let (a, b) = (job([0xA1; 16], Some("solve"), 5), job([0xA2; 16], None, 9));
+        let (a, b) = (sample([0xA1; 16], Some("solve"), 5), sample([0xA2; 16], None, 9));
         jobs.add(&a).unwrap();
         jobs.add(&b).unwrap();
         assert_eq!(jobs.list().unwrap(), [b.clone(), a.clone()]);
@@ -363,9 +472,9 @@ mod tests {
         assert_eq!(jobs.find("a2").unwrap(), b);
         assert!(matches!(jobs.find("a"), Err(JobsError::Several(_))));
         assert!(matches!(jobs.find(""), Err(JobsError::None(_))));
-        let again = job([0xB0; 16], Some("solve"), 10);
+        let again = sample([0xB0; 16], Some("solve"), 10);
         assert!(matches!(jobs.add(&again), Err(JobsError::NameTaken(_))));
-        assert!(matches!(jobs.add(&job([0; 16], Some("a/b"), 1)), Err(JobsError::BadName(_))));
+        assert!(matches!(jobs.add(&sample([0; 16], Some("a/b"), 1)), Err(JobsError::BadName(_))));
         let settled = Settled { by: SettledBy::Certificate, paid_micro: 1, refund_micro: 1, at: 1 };
         jobs.update(&a.id.0, |job| job.settled = Some(settled)).unwrap();
         jobs.add(&again).unwrap();
@@ -376,7 +485,7 @@ mod tests {
     fn keeps_secrets_and_concurrent_changes() {
         let folder = Folder::new("update");
         let jobs = Jobs::open(&folder.0).unwrap();
-        jobs.add(&job([7; 16], None, 1)).unwrap();
+        jobs.add(&sample([7; 16], None, 1)).unwrap();
         std::thread::scope(|scope| {
             for _ in 0..4 {
                 scope.spawn(|| {

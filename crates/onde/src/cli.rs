@@ -1,6 +1,7 @@
 //! The command line's words. Only definitions: `command` acts on them; `completions` and `man` print them.
 
 use clap::{Args, Parser, Subcommand};
+use onde_client::api::TOKENS_PER_JOB_MAX;
 use std::path::PathBuf;
 
 /// Drop a token in, get a virtual machine, take your change when you are done.
@@ -55,6 +56,9 @@ pub enum Command {
         /// Settled jobs, too
         #[arg(long)]
         all: bool,
+        /// What they cost: a second, so far, and how long budget and balance last
+        #[arg(long)]
+        cost: bool,
         /// As JSON
         #[arg(long)]
         json: bool,
@@ -157,11 +161,31 @@ pub enum Command {
         #[arg(long, value_name = "DIR")]
         out: Option<PathBuf>,
     },
-    /// What pays for a detached job
-    #[command(hide = true)]
-    Home {
-        #[command(flatten)]
-        job: JobName,
+    /// What pays for detached jobs, and what was paid
+    #[command(subcommand)]
+    Wallet(Wallet),
+}
+
+#[derive(Debug, Subcommand)]
+pub enum Wallet {
+    /// Pay for all detached jobs of a context while they make progress
+    ///
+    /// `onde run -d` and `onde boot` start one in the background that ends with the last job. Of several only one
+    /// serves. What it needs to know is in the job files: a wallet that died goes on where it was.
+    Serve {
+        /// End when no job is left
+        #[arg(long, hide = true)]
+        until_idle: bool,
+    },
+    /// Show what each job cost, by day
+    Statement {
+        /// Days back, today included
+        #[arg(long, value_name = "N", default_value_t = 30)]
+        #[arg(value_parser = clap::value_parser!(u32).range(1..=3660))]
+        days: u32,
+        /// As JSON
+        #[arg(long)]
+        json: bool,
     },
 }
 
@@ -190,13 +214,26 @@ pub struct Order {
     #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
     pub tokens: Option<u32>,
-    /// Most that may be spent, tokens [default: the first payment if that is given, else 600]
+    /// Most that is ever bought, tokens [default: the first payment if that is given, else 600]
     #[arg(long, value_name = "N")]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..=65536))]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(TOKENS_PER_JOB_MAX)))]
     pub budget: Option<u32>,
     /// A name for the job
     #[arg(long)]
     pub name: Option<String>,
+    /// Pay only while this succeeds: `/bin/sh -c COMMAND` here, every few seconds, with ONDE_JOB set
+    ///
+    /// It runs in the present folder, on this machine. One that takes longer than 15 seconds has failed. While it
+    /// fails the job gets no tokens; when it succeeds again, it does. For what is in the VM, take `onde exec $ONDE_JOB`.
+    #[arg(long = "while", value_name = "COMMAND")]
+    pub while_command: Option<String>,
+    /// Pay only while this file on this machine changes
+    #[arg(long, value_name = "FILE")]
+    pub progress_file: Option<PathBuf>,
+    /// How long the progress file may stay as it is, seconds
+    #[arg(long, value_name = "SECONDS", default_value_t = 60, requires = "progress_file")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=31_536_000))]
+    pub progress_within: u32,
 }
 
 #[derive(Debug, Args)]
@@ -380,6 +417,11 @@ mod tests {
         check("onde ps --all --json -q", true);
         check("onde price --memory 512 --vcpus 2 --hours 3 --json", true);
         check("onde price --hours 0", false);
+        check("onde ps --cost", true);
+        check("onde wallet serve", true);
+        check("onde wallet statement --days 7 --json", true);
+        check("onde run --while true --progress-file f --progress-within 9 -- ls", true);
+        check("onde run --progress-within 9 -- ls", false);
     }
 
     #[test]

@@ -5,7 +5,6 @@ mod boot;
 mod console;
 mod context;
 mod docs;
-mod home;
 mod job;
 mod lab;
 mod node;
@@ -14,6 +13,7 @@ mod ps;
 mod run;
 mod session;
 mod snapshot;
+mod statement;
 mod wake;
 
 use anyhow::Result;
@@ -21,7 +21,7 @@ use serde::Serialize;
 use std::io::Write;
 use std::process::ExitCode;
 
-use crate::cli::{Cli, Command, Node};
+use crate::cli::{Cli, Command, Node, Wallet};
 use crate::report::Report;
 
 /// Exit status of `run` where onde itself failed, as `env`, `timeout` and container tools have it.
@@ -44,7 +44,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Snapshot { job, output, json } => {
             done(snapshot::run(&job.job, &output, json, &report))
         }
-        Command::Ps { all, json } => done(ps::run(context, all, json)),
+        Command::Ps { all, cost, json } => done(ps::run(context, all, cost, json)),
         Command::Status { job, json } => done(job::status(&job.job, json)),
         Command::Console { job, follow } => done(console::run(&job.job, follow)),
         Command::Exec { job, tty, command } => session::exec(&job.job, tty, &command),
@@ -64,7 +64,12 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Lab { args } => lab::run(&args, &report),
         Command::Completions { shell } => done(docs::completions(shell)),
         Command::Man { out } => done(docs::man(out.as_deref())),
-        Command::Home { job } => done(home::run(&job.job)),
+        Command::Wallet(Wallet::Serve { until_idle }) => {
+            done(crate::wallet::serve(context, until_idle, &report))
+        }
+        Command::Wallet(Wallet::Statement { days, json }) => {
+            done(statement::run(context, days, json))
+        }
     }
 }
 

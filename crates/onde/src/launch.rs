@@ -8,7 +8,8 @@ use onde_client::bootstrap;
 use onde_client::broker::{Broker, BrokerError, new_key};
 use onde_client::channel::Writer;
 use onde_client::echo::Echo;
-use onde_client::job::Job;
+use onde_client::home::Home;
+use onde_client::job::{Job, Watch};
 use onde_client::layout::{self, Layout};
 use onde_client::snapshot::SnapshotFile;
 use onde_client::stream::{Progress, write_cold};
@@ -17,13 +18,14 @@ use onde_wire::stream::Start;
 use onde_wire::token::BootToken;
 use std::io;
 use std::sync::Arc;
+use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
 use crate::cli::Order;
 use crate::cluster::Cluster;
 use crate::interrupt::Interrupt;
 use crate::report::Report;
-use crate::settle;
+use crate::{payer, progress, settle};
 
 /// First payment, tokens, where nothing else is said: half a minute of one busy vCPU at the lab's prices.
 const TOKENS_DEFAULT: u32 = 30;
@@ -97,6 +99,7 @@ pub fn launch(
     let loader = loader()?;
     let echo = Echo::open()?;
     let (first, budget) = payment(order);
+    let watch = watch(order)?;
     let request = JobRequest {
         idempotency_key: new_key()?,
         node: order.node.map(NodeChoice::Number),
@@ -112,8 +115,11 @@ pub fn launch(
     let mut job = Job::new(&opened, &machine.title, &cluster.name, budget);
     job.name = order.name.clone();
     job.has_agent = machine.has_agent;
+    job.watch = watch;
+    // Where the broker does not say now, the home node asks it before the first payment.
+    job.prices = cluster.broker.node(job.node).ok().flatten().map(|node| node.prices);
     keep(cluster, &job, interrupt, report)?;
-    let started = start(&opened, &job, echo, &loader, &load, report);
+    let started = start(cluster, &opened, &job, echo, &loader, &load, report);
     started.map(|()| job.clone()).inspect_err(|_| {
         interrupt.leave("the VM may still run, and its change was not collected");
         settle::tell(cluster, &job, report);
@@ -157,7 +163,22 @@ fn keep(cluster: &Arc<Cluster>, job: &Job, interrupt: &Interrupt, report: &Repor
     Ok(())
 }
 
+/// What shows progress, as the order says.
+fn watch(order: &Order) -> Result<Option<Watch>> {
+    if order.while_command.is_none() && order.progress_file.is_none() {
+        return Ok(None);
+    }
+    let dir = std::env::current_dir().context("cannot tell which folder this is")?;
+    Ok(Some(Watch {
+        command: order.while_command.clone(),
+        file: order.progress_file.as_ref().map(|file| dir.join(file)),
+        dir,
+        within_s: order.progress_within,
+    }))
+}
+
 fn start(
+    cluster: &Cluster,
     opened: &JobOpened,
     job: &Job,
     mut echo: Echo,
@@ -174,8 +195,17 @@ fn start(
         Start { job: job.id.0, mem_bytes: u64::from(job.mem_mib) << 20, vcpus: job.vcpus.into() };
     let bar = report.upload(load.size());
     let on_progress = |progress: Progress| bar.at(progress.mem_done);
-    let sent = bootstrap::boot_stream(&handle, booted.ipv4.into(), loader, |out| {
-        load.write(out, &shape, on_progress)
+    // A large machine on a slow line takes longer than a first payment lasts.
+    let mut home = Home::new(echo, cluster.broker.clone(), cluster.jobs.clone(), job);
+    let (dismiss, dismissed) = channel();
+    let sent = std::thread::scope(|scope| {
+        scope
+            .spawn(move || payer::run(&mut home, progress::Progress::always(), report, &dismissed));
+        let sent = bootstrap::boot_stream(&handle, booted.ipv4.into(), loader, |out| {
+            load.write(out, &shape, on_progress)
+        });
+        drop(dismiss);
+        sent
     })?;
     bar.done(sent.sent);
     Ok(())

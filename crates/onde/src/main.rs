@@ -12,10 +12,12 @@ mod interrupt;
 mod launch;
 mod pack;
 mod payer;
+mod progress;
 mod report;
 mod settle;
 mod table;
 mod terminal;
+mod wallet;
 
 use clap::Parser;
 use std::process::ExitCode;

@@ -1,11 +1,12 @@
 //! The loop round a home node: a step each second, what it says to people, and when to give the VM up. `run` has
-//! it in a thread, `home` is nothing else.
+//! it in a thread, the wallet in one for each job.
 
 use onde_client::home::{Home, HomeError, STEP_PERIOD, Standing};
 use onde_wire::packet::{JobStatus, Status};
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use crate::progress::Progress;
 use crate::report::Report;
 use crate::table::span;
 
@@ -14,8 +15,8 @@ const LOST: Duration = Duration::from_secs(30);
 /// Silence that is worth a word.
 const SILENT: Duration = Duration::from_secs(5);
 
-/// A VM that has so few seconds left, and no budget, is worth a word: short programs end before.
-const AT_BUDGET_S: u64 = 10;
+/// A VM that has so few seconds left, and gets no more, is worth a word: time to pay by hand.
+const DRY_S: u64 = 30;
 
 /// How the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,15 +25,22 @@ pub enum Outcome {
     Over(JobStatus),
     /// The node is silent, or knows nothing of the job: it is off or came up anew.
     Lost,
-    /// The caller wanted no more.
+    /// The caller wanted no more, or somebody else settled the job.
     Dismissed,
 }
 
-/// Pays until the VM is over, its node is lost, or the other end of `dismissed` is dropped.
-pub fn run(home: &mut Home, report: &Report, dismissed: Receiver<()>) -> Outcome {
+/// Pays until the VM is over, its node is lost, or the other end of `dismissed` is dropped; while there is progress.
+pub fn run(
+    home: &mut Home,
+    mut progress: Progress,
+    report: &Report,
+    dismissed: &Receiver<()>,
+) -> Outcome {
     let mut mood = Mood::default();
     loop {
-        if let Some(outcome) = mood.judge(home.step(), report) {
+        let missing = progress.missing();
+        mood.miss_progress(missing.as_deref(), report);
+        if let Some(outcome) = mood.judge(home.step(missing.is_none()), report) {
             return outcome;
         }
         match dismissed.recv_timeout(STEP_PERIOD) {
@@ -47,8 +55,10 @@ pub fn run(home: &mut Home, report: &Report, dismissed: Receiver<()>) -> Outcome
 struct Mood {
     silent_since: Option<Instant>,
     told_silent: bool,
-    told_budget: bool,
+    told_dry: bool,
     told_trouble: bool,
+    told_progress: bool,
+    told_cheat: bool,
 }
 
 impl Mood {
@@ -58,6 +68,7 @@ impl Mood {
                 self.hear(&standing, report);
                 match standing {
                     Standing::Over(status) => Some(Outcome::Over(status)),
+                    Standing::Settled => Some(Outcome::Dismissed),
                     _ => None,
                 }
             }
@@ -79,14 +90,42 @@ impl Mood {
             report.line("the node answers again");
         }
         self.silent_since = None;
-        let at_budget =
-            matches!(standing, Standing::AtBudget(status) if status.seconds_left < AT_BUDGET_S);
-        if at_budget && !self.told_budget {
-            let left = span(standing.status().seconds_left);
-            report.warn(&format!("the budget is spent: the VM ends in {left}; onde pay lifts it"));
+        if let Standing::Distrusted(_, why) = standing
+            && !std::mem::replace(&mut self.told_cheat, true)
+        {
+            report.warn(&format!(
+                "the node cheats and gets nothing more: {why}; onde stop ends the job"
+            ));
         }
-        self.told_budget = at_budget;
+        self.warn_dry(standing, report);
         self.told_trouble &= !matches!(standing, Standing::Paid(..));
+    }
+
+    /// A VM that gets nothing more, for whatever reason, ends soon.
+    fn warn_dry(&mut self, standing: &Standing, report: &Report) {
+        let why = match standing {
+            Standing::AtBudget(_) => "the budget is spent",
+            Standing::Withheld(_) => "without progress nothing is paid",
+            _ => "",
+        };
+        let left_s = standing.status().map_or(u64::MAX, |status| status.seconds_left);
+        let is_dry = !why.is_empty() && left_s < DRY_S;
+        if is_dry && !self.told_dry {
+            let left = span(left_s);
+            report.warn(&format!("{why}: the VM has {left} left; onde pay lifts it"));
+        }
+        self.told_dry = is_dry;
+    }
+
+    fn miss_progress(&mut self, missing: Option<&str>, report: &Report) {
+        match missing {
+            Some(why) if !self.told_progress => {
+                report.warn(&format!("no progress, so nothing is paid: {why}"));
+            }
+            None if self.told_progress => report.line("there is progress again"),
+            _ => {}
+        }
+        self.told_progress = missing.is_some();
     }
 
     fn miss(&mut self, report: &Report) -> Option<Outcome> {

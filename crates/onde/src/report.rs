@@ -9,24 +9,31 @@ use std::time::Instant;
 #[derive(Clone, Debug)]
 pub struct Report {
     quiet: bool,
+    /// What each line begins with.
+    name: String,
 }
 
 impl Report {
     /// Silent with `quiet`.
     pub fn new(quiet: bool) -> Self {
-        Self { quiet }
+        Self { quiet, name: "onde".to_owned() }
+    }
+
+    /// Says the same of one of many jobs.
+    pub fn about(&self, job: &str) -> Self {
+        Self { name: format!("onde: job {job}"), ..self.clone() }
     }
 
     /// One line.
     pub fn line(&self, text: &str) {
         if !self.quiet {
-            eprintln!("onde: {text}");
+            eprintln!("{}: {text}", self.name);
         }
     }
 
     /// A line that `--quiet` does not hold back: the user has to act.
     pub fn warn(&self, text: &str) {
-        eprintln!("onde: warning: {text}");
+        eprintln!("{}: warning: {text}", self.name);
     }
 
     /// The progress of sending `size` bytes of memory.

@@ -9,6 +9,7 @@ mod failures;
 mod programs;
 mod snapshots;
 mod tokens;
+mod wallets;
 mod world;
 
 use std::process::ExitCode;
@@ -19,7 +20,7 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 20] = [
+const CASES: [Case; 23] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
@@ -38,6 +39,9 @@ const CASES: [Case; 20] = [
     ("upload_that_breaks_off_harms_nobody", tokens::broken_upload),
     ("what_cannot_run_costs_nothing", failures::cannot_run),
     ("vm_without_tokens_is_purged", failures::out_of_tokens),
+    ("job_without_progress_is_not_paid", wallets::without_progress),
+    ("budget_is_a_hard_stop", wallets::budget),
+    ("killed_wallet_goes_on_where_it_was", wallets::killed),
     ("node_lost_unused_tokens_come_back", failures::node_lost),
     ("broker_away_vm_goes_on", failures::broker_away),
 ];

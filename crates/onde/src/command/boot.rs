@@ -9,13 +9,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
-use super::{console, home, print};
+use super::{console, print};
 use crate::cli::Boot;
 use crate::cluster::Cluster;
 use crate::interrupt::Interrupt;
 use crate::launch::{Content, Machine, launch};
+use crate::progress::Progress;
 use crate::report::Report;
-use crate::{payer, settle};
+use crate::{payer, settle, wallet};
 
 pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCode> {
     let cluster = Arc::new(Cluster::open(context)?);
@@ -31,14 +32,15 @@ pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCo
     let job = launch(&cluster, &boot.order, &machine, &interrupt, report)?;
     if !boot.follow {
         interrupt.leave("the VM runs, and nothing pays for it");
-        home::spawn(&cluster, &job)?;
+        wallet::leave(&cluster, &job)?;
         print(&format!("{}\n", job.short_id()))?;
         return Ok(ExitCode::SUCCESS);
     }
     let mut home = Home::new(Echo::open()?, cluster.broker.clone(), cluster.jobs.clone(), &job);
     let (dismiss, dismissed) = channel();
     let followed = std::thread::scope(|scope| {
-        scope.spawn(|| payer::run(&mut home, report, dismissed));
+        let progress = Progress::of(&job);
+        scope.spawn(move || payer::run(&mut home, progress, report, &dismissed));
         let followed = console::print(&job, true);
         drop(dismiss);
         followed

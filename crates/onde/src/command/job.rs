@@ -118,10 +118,8 @@ pub fn pay(name: &str, count: u32, report: &Report) -> Result<()> {
             "onde ps lists open ones",
         ));
     }
-    // What is paid by hand is on top of what the home node may spend.
-    cluster.jobs.update(&job.id.0, |job| job.budget = job.budget.saturating_add(count))?;
     let mut home = Home::new(Echo::open()?, cluster.broker, cluster.jobs, &job);
-    let balance = tokens(home.pay(count)?.status().balance_micro);
+    let balance = tokens(home.pay(count)?.balance_micro);
     report.line(&format!("job {} has {balance} tokens left", job.short_id()));
     Ok(())
 }

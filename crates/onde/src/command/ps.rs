@@ -11,7 +11,8 @@ use std::time::Duration;
 
 use super::{print, print_json};
 use crate::cluster::{Cluster, jobs};
-use crate::table::{cost, render, span};
+use crate::report::Report;
+use crate::table::{cost, rate, render, span};
 
 /// One lost packet must not make a node look silent, and a silent one not hold the list up.
 const POLICY: Policy = Policy { tries: 2, first: Duration::from_millis(300) };
@@ -30,10 +31,21 @@ struct Row {
     opened_at: u64,
     spent_micro: Option<u64>,
     balance_micro: Option<u64>,
+    burn_micro_per_s: Option<u64>,
+    /// Payment tokens bought, and the most that will be.
+    sold: u32,
+    budget: u32,
     seconds_left: Option<u64>,
+    /// Seconds until balance and budget are used up at the present rate.
+    dry_s: Option<u64>,
+    /// Why its node is not paid any more, where it was found cheating.
+    distrust: Option<String>,
 }
 
-pub fn run(context: Option<&str>, all: bool, json: bool) -> Result<()> {
+/// A job that runs dry within this time is worth a warning, seconds.
+const DRY_S: u64 = 60;
+
+pub fn run(context: Option<&str>, all: bool, with_cost: bool, json: bool) -> Result<()> {
     let mut list = jobs()?.list()?;
     list.retain(|job| all || job.settled.is_none());
     let has_open = list.iter().any(|job| job.settled.is_none());
@@ -47,7 +59,19 @@ pub fn run(context: Option<&str>, all: bool, json: bool) -> Result<()> {
     if json {
         return print_json(&rows);
     }
-    print(&table(&rows))
+    print(&if with_cost { cost_table(&rows) } else { table(&rows) })?;
+    rows.iter().filter_map(warning).for_each(|text| Report::new(false).warn(&text));
+    Ok(())
+}
+
+/// What the customer has to know of a job now.
+fn warning(row: &Row) -> Option<String> {
+    let id = &row.id[..8];
+    if let Some(why) = &row.distrust {
+        return Some(format!("job {id} is not paid any more, its node cheats: {why}"));
+    }
+    let dry = span(row.dry_s.filter(|dry_s| *dry_s < DRY_S)?);
+    Some(format!("job {id} runs dry in {dry}: its budget is spent; onde pay {id} N lifts it"))
 }
 
 /// How a job stands now.
@@ -90,8 +114,49 @@ fn row(job: &Job, state: &str, status: Option<&JobStatus>) -> Row {
         opened_at: job.opened_at,
         spent_micro: status.map(|status| status.spent_micro).or(settled),
         balance_micro: status.map(|status| status.balance_micro),
+        burn_micro_per_s: status.map(|status| status.burn_micro_per_s),
+        sold: job.sold,
+        budget: job.budget,
         seconds_left: status.map(|status| status.seconds_left),
+        dry_s: status.and_then(|status| dry_s(job, status)),
+        distrust: job.distrust.clone().filter(|_| status.is_some()),
     }
+}
+
+/// Seconds that balance and budget last at the present rate; `None` where nothing burns.
+fn dry_s(job: &Job, status: &JobStatus) -> Option<u64> {
+    let tokens = u64::from(job.budget.max(job.sold).saturating_sub(status.last_index));
+    let micro = tokens.saturating_mul(job.value_micro).saturating_add(status.balance_micro);
+    micro.checked_div(status.burn_micro_per_s)
+}
+
+/// The stage, and how the program ended where it did.
+fn state(row: &Row) -> String {
+    match row.exit {
+        Some(exit) => format!("{}, exit {exit}", row.state),
+        None => row.state.clone(),
+    }
+}
+
+fn cost_table(rows: &[Row]) -> String {
+    let cells = |row: &Row| {
+        let text = |value: Option<String>| value.unwrap_or_default();
+        vec![
+            row.id[..8].to_owned(),
+            text(row.name.clone()),
+            state(row),
+            text(row.burn_micro_per_s.map(rate)),
+            text(row.spent_micro.map(cost)),
+            row.sold.to_string(),
+            row.budget.to_string(),
+            text(row.dry_s.map(span)),
+            row.program.clone(),
+        ]
+    };
+    let cells: Vec<_> = rows.iter().map(cells).collect();
+    let head =
+        ["JOB", "NAME", "STATE", "A SECOND", "SPENT", "BOUGHT", "BUDGET", "DRY IN", "PROGRAM"];
+    render(&head, &cells)
 }
 
 fn table(rows: &[Row]) -> String {
@@ -102,10 +167,7 @@ fn table(rows: &[Row]) -> String {
             text(row.name.clone()),
             row.node.to_string(),
             row.guest.to_string(),
-            match row.exit {
-                Some(exit) => format!("{}, exit {exit}", row.state),
-                None => row.state.clone(),
-            },
+            state(row),
             text(row.spent_micro.map(cost)),
             text(row.seconds_left.map(span)),
             row.program.clone(),

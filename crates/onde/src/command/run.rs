@@ -12,15 +12,16 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Duration;
 
-use super::home::BOOT_PATIENCE;
-use super::{console, home, job, print, session};
+use super::{console, job, print, session};
 use crate::cli::Run;
 use crate::cluster::Cluster;
 use crate::failure::hinted;
 use crate::interrupt::Interrupt;
 use crate::launch::{Content, Machine, launch};
 use crate::payer::Outcome;
+use crate::progress::Progress;
 use crate::report::Report;
+use crate::wallet::{self, BOOT_PATIENCE};
 use crate::{pack, payer, settle, terminal};
 
 /// Quiet on the serial port, whose every byte is an exit; what it has to say when it crashes comes all the same.
@@ -48,7 +49,7 @@ pub fn run(context: Option<&str>, run: &Run, report: &Report) -> Result<ExitCode
     let job = launch(&cluster, &run.order, &machine, &interrupt, report)?;
     if run.detach {
         interrupt.leave("the VM runs, and nothing pays for it");
-        home::spawn(&cluster, &job)?;
+        wallet::leave(&cluster, &job)?;
         print(&format!("{}\n", job.short_id()))?;
         return Ok(ExitCode::SUCCESS);
     }
@@ -127,7 +128,7 @@ fn pay(cluster: &Cluster, job: &Job, report: &Report, dismissed: Receiver<()>) -
         return Outcome::Dismissed;
     };
     let mut home = Home::new(echo, cluster.broker.clone(), cluster.jobs.clone(), job);
-    payer::run(&mut home, report, dismissed)
+    payer::run(&mut home, Progress::of(job), report, &dismissed)
 }
 
 /// Why the program did not come to its own end, where it did not.

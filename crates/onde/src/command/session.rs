@@ -14,12 +14,12 @@ use std::sync::Mutex;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
-use super::home::{BOOT_PATIENCE, output_file};
 use crate::cluster::Cluster;
 use crate::failure::{self, hinted};
 use crate::interrupt::Interrupt;
 use crate::report::Report;
 use crate::terminal;
+use crate::wallet::BOOT_PATIENCE;
 
 /// How long a program that was left may take to hear of it.
 const FAREWELL: Duration = Duration::from_secs(2);
@@ -123,7 +123,7 @@ pub fn attach(name: &str, report: &Report) -> Result<ExitCode> {
 pub fn logs(name: &str, follow: bool, report: &Report) -> Result<()> {
     let (cluster, job) = Cluster::open_for(name)?;
     if job.settled.is_some() {
-        let file = output_file(&cluster, &job);
+        let file = cluster.jobs.output_file(&job.id.0);
         let kept = std::fs::read(&file);
         let none = || hinted("no output was kept", "only detached jobs' output is (onde run -d)");
         return super::print_bytes(&kept.map_err(|_| none())?);

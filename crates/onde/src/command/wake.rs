@@ -10,14 +10,14 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use super::{console, home, print};
+use super::{console, print};
 use crate::cli::Order;
 use crate::cluster::Cluster;
 use crate::failure::hinted;
 use crate::interrupt::Interrupt;
 use crate::launch::{Content, Machine, launch};
 use crate::report::Report;
-use crate::settle;
+use crate::{settle, wallet};
 
 /// How long a copy may take from its memory's last byte to its agent's first answer, on a busy emulated node.
 const WAKE_PATIENCE: Duration = Duration::from_secs(30);
@@ -45,6 +45,9 @@ pub fn run(
         tokens: order.tokens,
         budget: order.budget,
         name: order.name.clone(),
+        while_command: order.while_command.clone(),
+        progress_file: order.progress_file.clone(),
+        progress_within: order.progress_within,
     };
     let interrupt = Interrupt::watch()?;
     for _ in 0..count {
@@ -55,8 +58,8 @@ pub fn run(
         };
         let job = launch(&cluster, &order, &machine, &interrupt, report)?;
         wake(&cluster, &job, &interrupt, report)?;
-        home::spawn(&cluster, &job)?;
-        // It is its home node's now; what a signal ends is the next one.
+        wallet::leave(&cluster, &job)?;
+        // It is the wallet's now; what a signal ends is the next one.
         interrupt.hold(|| ());
         print(&format!("{}\n", job.short_id()))?;
     }

@@ -1,0 +1,113 @@
+//! How much a node is to hold of a customer's money, and when it gets more: the arithmetic of [`crate::home`].
+//! Pure: from a STATUS and the job's file to one act.
+//!
+//! ```text
+//!  node holds:  0 ........ half a release ........ a release
+//!                 release         buy ahead            hold
+//! ```
+//! A *release* is what [`RELEASE_S`] seconds cost. A node never holds more than one that it has not earned, the first
+//! payment and what is paid by hand aside: so that is the most that one which cheats can get.
+
+use super::judge::Deal;
+use crate::job::Job;
+use onde_wire::chain::STEPS_MAX;
+use onde_wire::machine::Stage;
+use onde_wire::packet::JobStatus;
+
+/// Seconds that a release pays for, at the told rate or with all processors busy, whichever is more. A VM lives on for
+/// half as long at least when its home node is away. Longer, and a node that cheats gets more; shorter, and a home node
+/// that restarts, or a lost packet or two, leaves a VM dry.
+pub const RELEASE_S: u64 = 20;
+/// What is bought at once lasts so long, seconds: what a broker may be away, and more costs nothing, since what was not
+/// released comes back.
+const BUY_S: u64 = 60;
+
+/// What to do next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Act {
+    /// Nothing: the node holds enough.
+    Hold,
+    /// Show the token of this index, once more if it was shown before.
+    Show(u32),
+    /// Buy so many tokens.
+    Buy(u32),
+    /// The node needs more, and the budget is spent.
+    AtBudget,
+}
+
+/// The act that a job is due.
+pub fn next(deal: &Deal, status: &JobStatus, job: &Job) -> Act {
+    if status.last_index < job.released {
+        return Act::Show(job.released);
+    }
+    let rate =
+        deal.busy_micro_per_s().max(status.burn_micro_per_s.min(deal.burn_max_micro_per_s()));
+    let (released, value) = (status.last_index, deal.value_micro.max(1));
+    let release = rate.saturating_mul(RELEASE_S);
+    let held = u64::from(released).saturating_mul(value).saturating_sub(status.spent_micro);
+    if rate == 0 || held >= release {
+        return Act::Hold;
+    }
+    let wanted = status.spent_micro.saturating_add(release).div_ceil(value);
+    let wanted = u32::try_from(wanted).unwrap_or(u32::MAX).min(released.saturating_add(STEPS_MAX));
+    let bought = job.bought().max(released);
+    let is_due = held < release / 2 || status.stage == Stage::Low;
+    if wanted <= bought {
+        return if is_due { Act::Show(wanted) } else { Act::Hold };
+    }
+    let lot = rate.saturating_mul(BUY_S).div_ceil(value).max((wanted - bought).into());
+    let lot = u32::try_from(lot).unwrap_or(STEPS_MAX).min(STEPS_MAX);
+    match (lot.min(job.budget.saturating_sub(job.sold)), bought - released, is_due) {
+        (0, 0, true) => Act::AtBudget,
+        (0, _, true) => Act::Show(bought),
+        (0, _, false) => Act::Hold,
+        (count, _, _) => Act::Buy(count),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::home::tests::{DEAL, honest, job};
+
+    /// `sold` tokens of a budget of 1000 are bought and `released` shown. A release is 17 tokens, half of it 8.5.
+    fn check(status: &JobStatus, sold: u32, released: u32, expect: Act) {
+        assert_eq!(next(&DEAL, status, &job(sold, released, 1000)), expect);
+    }
+
+    #[test]
+    fn a_node_gets_a_release_when_half_of_the_last_is_earned() {
+        // 100 s at 0.85 tokens a second: 85 spent.
+        let at = |index| honest(100, 100, index);
+        check(&at(102), 200, 102, Act::Hold);
+        check(&at(94), 200, 94, Act::Hold);
+        check(&at(93), 200, 93, Act::Show(102));
+        check(&JobStatus { stage: Stage::Low, ..at(94) }, 200, 94, Act::Show(102));
+        // What the node has not confirmed is shown again, and nothing beyond.
+        check(&at(80), 200, 93, Act::Show(93));
+    }
+
+    #[test]
+    fn tokens_are_bought_ahead_and_never_beyond_the_budget() {
+        let at = |seconds, index| honest(seconds, seconds, index);
+        check(&at(100, 102), 102, 102, Act::Hold);
+        check(&at(100, 101), 101, 101, Act::Buy(51));
+        check(&at(100, 93), 93, 93, Act::Buy(51));
+        check(&at(1100, 951), 951, 951, Act::Buy(49));
+        check(&at(1100, 940), 1000, 940, Act::Show(952));
+        check(&at(1170, 996), 1000, 996, Act::Show(1000));
+        check(&at(1170, 1000), 1000, 1000, Act::AtBudget);
+        check(&at(1160, 1000), 1000, 1000, Act::Hold);
+    }
+
+    #[test]
+    fn told_rates_count_as_far_as_the_price_list_goes() {
+        let burn = |burn_micro_per_s| JobStatus { burn_micro_per_s, ..honest(0, 0, 30) };
+        check(&burn(0), 900, 30, Act::Hold);
+        check(&burn(4_000_000), 900, 30, Act::Show(80));
+        let most = DEAL.burn_max_micro_per_s();
+        let all = (most * RELEASE_S).div_ceil(DEAL.value_micro) as u32;
+        check(&burn(most), 900, 30, Act::Show(all));
+        check(&burn(u64::MAX), 900, 30, Act::Show(all));
+    }
+}

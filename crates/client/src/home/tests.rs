@@ -1,0 +1,300 @@
+//! Home nodes on a market of their own: nodes that cheat, answers that get lost, brokers and home nodes that die
+//! between any two steps. Time and luck come from a seed.
+
+use super::*;
+use crate::api::{self, Hex, Payment};
+use crate::echo::EchoError;
+use crate::job::tests::{Folder, sample};
+use onde_wire::key::Key;
+use onde_wire::packet::{EndReason, Op, Packet, Paid, Prices as PriceList, Reply, Request, Status};
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::net::Ipv4Addr;
+use std::rc::Rc;
+
+const PRICES: api::Prices =
+    api::Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 10_000 };
+/// 0.85 tokens a second when busy.
+pub(crate) const DEAL: Deal = Deal {
+    mem_mib: 256,
+    vcpus: 1,
+    disk_mib: 0,
+    value_micro: 1_000_000,
+    prices: PriceList { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 10_000 },
+};
+const SEED: chain::Value = [9; 32];
+const CHAIN: u32 = 2000;
+const FIRST: u32 = 20;
+
+/// What an honest node says of a VM of this age and processor time, seconds.
+pub(crate) fn honest(age_s: u64, cpu_s: u64, last_index: u32) -> JobStatus {
+    let mut status = JobStatus {
+        stage: Stage::Running,
+        end: EndReason::None,
+        last_index,
+        balance_micro: 0,
+        spent_micro: 0,
+        burn_micro_per_s: 0,
+        seconds_left: 0,
+        age_ms: age_s * 1000,
+        cpu_us: cpu_s * 1_000_000,
+        mem_mib_ms: age_s * 1000 * u64::from(DEAL.mem_mib),
+        sent_bytes: 0,
+        disk_mib_ms: 0,
+    };
+    let paid = u64::from(last_index) * DEAL.value_micro;
+    status.spent_micro = DEAL.cost_micro(&status).min(paid);
+    status.balance_micro = paid - status.spent_micro;
+    status
+}
+
+fn chain_value(index: u32) -> chain::Value {
+    chain::walk(&SEED, CHAIN - index)
+}
+
+/// A job that bought `sold` tokens and released so many of them.
+pub(crate) fn job(sold: u32, released: u32, budget: u32) -> Job {
+    let payments = vec![Payment { index: sold, value: Hex([0; 32]) }];
+    Job { sold, released, budget, payments, prices: Some(PRICES), ..sample([7; 16], None, 1) }
+}
+
+/// What goes wrong.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Evil {
+    /// Only what gets lost.
+    None,
+    /// The node charges twice.
+    Overcharge,
+    /// A tenth of the balance is gone.
+    Thief,
+    /// It claims to burn ten times what it may.
+    Burn,
+    /// It takes payments and denies it.
+    Denies,
+    /// It refuses payments.
+    Refuses,
+    /// It tells the same every time.
+    Replays,
+}
+
+/// A node with one VM, a broker, and luck.
+struct World {
+    luck: u64,
+    evil: Evil,
+    evil_from_s: u64,
+    now_s: u64,
+    cpu_s: u64,
+    last_index: u32,
+    replayed: Option<JobStatus>,
+    sold: u32,
+    answers: HashMap<String, Payment>,
+}
+
+impl World {
+    /// A number below `n` (xorshift64).
+    fn below(&mut self, n: u64) -> u64 {
+        self.luck ^= self.luck << 13;
+        self.luck ^= self.luck >> 7;
+        self.luck ^= self.luck << 17;
+        self.luck % n
+    }
+
+    fn is_evil(&self) -> bool {
+        self.now_s >= self.evil_from_s
+    }
+
+    fn told(&mut self) -> JobStatus {
+        let right = honest(self.now_s, self.cpu_s, self.last_index);
+        let evil = if self.is_evil() { self.evil } else { Evil::None };
+        match evil {
+            Evil::None | Evil::Refuses => right,
+            Evil::Overcharge => JobStatus {
+                spent_micro: (2 * right.spent_micro).min(right.spent_micro + right.balance_micro),
+                balance_micro: right.balance_micro.saturating_sub(right.spent_micro),
+                ..right
+            },
+            Evil::Thief => JobStatus { balance_micro: right.balance_micro * 9 / 10, ..right },
+            Evil::Burn => JobStatus { burn_micro_per_s: 10 * DEAL.burn_max_micro_per_s(), ..right },
+            Evil::Denies => JobStatus {
+                last_index: FIRST.min(right.last_index),
+                ..honest(self.now_s, self.cpu_s, FIRST)
+            },
+            Evil::Replays => *self.replayed.get_or_insert(right),
+        }
+    }
+
+    fn pay(&mut self, token: PaymentToken) -> Result<(), Status> {
+        if self.evil == Evil::Refuses && self.is_evil() {
+            return Err(Status::BadPayment);
+        }
+        if token.index == self.last_index && token.value == chain_value(token.index) {
+            return Ok(());
+        }
+        let steps = token.index.saturating_sub(self.last_index);
+        match chain::verify(&chain_value(self.last_index), &token.value, steps) {
+            true => self.last_index = token.index,
+            false => return Err(Status::BadPayment),
+        }
+        Ok(())
+    }
+
+    fn sell(&mut self, request: &TokensRequest) -> Payment {
+        if let Some(answer) = self.answers.get(&request.idempotency_key) {
+            return *answer;
+        }
+        self.sold += request.count;
+        let payment = Payment { index: self.sold, value: Hex(chain_value(self.sold)) };
+        self.answers.insert(request.idempotency_key.clone(), payment);
+        payment
+    }
+}
+
+/// One home node's way to the world: each call may die before it has an effect, or after.
+struct Line(Rc<RefCell<World>>);
+
+impl Line {
+    fn call<T, E>(
+        &self,
+        act: impl FnOnce(&mut World) -> Result<T, E>,
+        lost: impl Fn() -> E,
+    ) -> Result<T, E> {
+        let mut world = self.0.borrow_mut();
+        match world.below(8) {
+            0 => Err(lost()),
+            1 => act(&mut world).and(Err(lost())),
+            _ => act(&mut world),
+        }
+    }
+}
+
+impl Exchange for Line {
+    fn exchange(
+        &mut self,
+        node: Ipv4Addr,
+        packet: &Packet,
+        op: Op,
+        _nonce: u64,
+        _key: Option<&Key>,
+        _policy: Policy,
+    ) -> Result<Reply, EchoError> {
+        let (request, ..) = Request::parse(packet).unwrap();
+        let answer = |world: &mut World| match request {
+            Request::Status => Reply::Status(world.told()),
+            Request::Pay(token) => match world.pay(token) {
+                Ok(()) => Reply::Pay(Paid { last_index: token.index, balance_micro: 0 }),
+                Err(status) => Reply::Refused(op, status),
+            },
+            other => unreachable!("{other:?}"),
+        };
+        self.call(|world| Ok(answer(world)), || EchoError::Silent { node })
+    }
+}
+
+impl Shop for Line {
+    fn tokens(&self, _: &JobId, request: &TokensRequest) -> Result<Payment, BrokerError> {
+        let away = || BrokerError::Foreign { url: String::new(), status: 503 };
+        self.call(|world| Ok(world.sell(request)), away)
+    }
+
+    fn prices(&self, _: u32) -> Result<Option<Prices>, BrokerError> {
+        Ok(Some(PRICES))
+    }
+}
+
+/// Lives through one seed: after every step nothing is overspent, and no node holds more than a release. Returns the
+/// world, the job's file, and the most that a node ever held, micro-tokens.
+fn live(seed: u64, evil: Evil, budget: u32) -> (Rc<RefCell<World>>, Job, u64) {
+    let folder = Folder::new(&format!("home-{evil:?}-{seed}-{budget}"));
+    let jobs = Jobs::open(&folder.0).unwrap();
+    let mine =
+        Job { sold: FIRST, released: FIRST, payments: Vec::new(), ..job(FIRST, FIRST, budget) };
+    jobs.add(&mine).unwrap();
+    let world = World {
+        luck: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
+        evil,
+        evil_from_s: 40,
+        now_s: 0,
+        cpu_s: 0,
+        last_index: FIRST,
+        replayed: None,
+        sold: FIRST,
+        answers: HashMap::new(),
+    };
+    let world = Rc::new(RefCell::new(world));
+    let line = || Line(world.clone());
+    let new_home = || Home::new(line(), line(), jobs.clone(), &mine);
+    let (mut home, mut held_max) = (new_home(), 0);
+    for _ in 0..120 {
+        let now_s = {
+            let mut world = world.borrow_mut();
+            world.now_s += 1;
+            world.cpu_s += world.below(2);
+            world.now_s
+        };
+        // A home node that failed is a home node that died.
+        if home.step_at(Duration::from_secs(now_s), true).is_err() {
+            home = new_home();
+        }
+        let (job, world) = (jobs.get(&mine.id.0).unwrap(), world.borrow());
+        assert!(world.sold <= budget.max(FIRST), "seed {seed}: {} sold", world.sold);
+        assert!(world.last_index <= job.released && job.released <= world.sold, "seed {seed}");
+        let earned = honest(world.now_s, world.cpu_s, u32::MAX).spent_micro;
+        let held = (u64::from(job.released) * DEAL.value_micro).saturating_sub(earned);
+        held_max = held_max.max(if job.released > FIRST { held } else { 0 });
+    }
+    let job = jobs.get(&mine.id.0).unwrap();
+    (world, job, held_max)
+}
+
+const SEEDS: std::ops::Range<u64> = 1..13;
+
+/// A release, rounded up to a token.
+fn release_micro() -> u64 {
+    DEAL.busy_micro_per_s() * release::RELEASE_S + DEAL.value_micro
+}
+
+#[test]
+fn an_honest_node_is_kept_paid_through_every_crash_and_loss() {
+    for seed in SEEDS {
+        let (world, job, held) = live(seed, Evil::None, 1500);
+        let (world, cost) =
+            (world.borrow(), honest(120, world.borrow().cpu_s, u32::MAX).spent_micro);
+        assert!(u64::from(world.last_index) * DEAL.value_micro > cost, "seed {seed}: it ran dry");
+        assert!(held <= release_micro(), "seed {seed}: {held} held");
+        assert_eq!(job.distrust, None, "seed {seed}");
+    }
+}
+
+#[test]
+fn a_budget_is_never_overshot_and_used_up() {
+    for seed in SEEDS {
+        let (world, job, _) = live(seed, Evil::None, 37);
+        assert_eq!((world.borrow().sold, world.borrow().last_index), (37, 37), "seed {seed}");
+        assert_eq!(job.sold, 37);
+    }
+}
+
+fn check_cheat(evil: Evil, is_found: Option<bool>) {
+    for seed in SEEDS {
+        let (_, job, held) = live(seed, evil, 1500);
+        assert!(held <= release_micro(), "{evil:?}, seed {seed}: {held} micro-tokens lost");
+        let found = job.distrust.is_some();
+        assert!(
+            is_found.is_none_or(|is_found| found == is_found),
+            "{evil:?}, {seed}: {:?}",
+            job.distrust
+        );
+    }
+}
+
+#[test]
+fn a_cheating_node_gets_one_release_at_most() {
+    check_cheat(Evil::Overcharge, Some(true));
+    check_cheat(Evil::Thief, Some(true));
+    check_cheat(Evil::Burn, Some(true));
+    // Nothing that it says is wrong; it gets the same token again, and no other.
+    check_cheat(Evil::Refuses, Some(false));
+    // Found out if the home node lives to see the contradiction; else as above.
+    check_cheat(Evil::Replays, None);
+    check_cheat(Evil::Denies, None);
+}

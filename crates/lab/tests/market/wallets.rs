@@ -1,0 +1,121 @@
+//! Home nodes: they pay for what makes progress, never beyond the budget, and survive their own death.
+
+use std::fs;
+
+use anyhow::{Context, Result, ensure};
+use onde_wire::cluster::TOKEN_MICRO;
+use rustix::process::{Pid, Signal, kill_process};
+
+use crate::world::{World, wait};
+
+/// Uses all of one processor.
+const BUSY: [&str; 4] = ["--", "/bin/sh", "-c", "while :; do :; done"];
+
+/// A job whose customer's check fails is left to run dry, and not one token is bought for it.
+pub fn without_progress(world: &World) -> Result<()> {
+    let order = ["--name", "idle", "--tokens", "30", "--budget", "300", "--while", "exit 1"];
+    world.onde([&["run", "-d"], &order[..], &BUSY].concat())?;
+    let job = world.newest_job()?;
+    wait("the VM to run dry", || {
+        Ok(state(world, "idle")?.is_none_or(|row| row["state"] != "running"))
+    })?;
+    let job = world.broker.job(&job.id.0)?;
+    ensure!(job.sold == 30, "{} tokens sold", job.sold);
+    stop(world, "idle")
+}
+
+/// However long it runs, a job costs what was allowed and no token more.
+pub fn budget(world: &World) -> Result<()> {
+    let order = ["--name", "modest", "--tokens", "20", "--budget", "33"];
+    world.onde([&["run", "-d"], &order[..], &BUSY].concat())?;
+    let id = world.newest_job()?.id.0;
+    wait(
+        "the budget to be used up",
+        || Ok(world.broker.job(&id)?.spent_micro >= 30 * TOKEN_MICRO),
+    )?;
+    wait("the VM to run dry", || {
+        Ok(state(world, "modest")?.is_none_or(|row| row["state"] != "running"))
+    })?;
+    let job = world.broker.job(&id)?;
+    ensure!(job.sold == 33, "{} tokens sold", job.sold);
+    stop(world, "modest")
+}
+
+/// The wallet is killed; its job runs on with what it was paid; the next wallet goes on paying. Once the job is
+/// stopped there is nothing left to serve.
+pub fn killed(world: &World) -> Result<()> {
+    let before = world.balance()?;
+    let order = ["--name", "kept", "--tokens", "20", "--budget", "400"];
+    world.onde([&["run", "-d"], &order[..], &BUSY].concat())?;
+    let id = world.newest_job()?.id.0;
+    let wallet = wallet(world)?;
+    kill_process(wallet, Signal::KILL)?;
+    wait("the wallet to be dead", || Ok(!is_running(wallet)))?;
+    let mut serve = world.command(["wallet", "serve"])?.spawn()?;
+    let paid = wait("the next wallet to pay", || {
+        let index = state(world, "kept")?.map_or(0, |row| row["spent_micro"].as_u64().unwrap_or(0));
+        Ok(index > 25 * TOKEN_MICRO)
+    });
+    let told = world.onde(["ps", "--cost"]);
+    let second = world.command(["wallet", "serve", "--until-idle"])?.output()?;
+    serve.kill()?;
+    serve.wait()?;
+    paid?;
+    let told = told?;
+    ensure!(told.contains("DRY IN") && told.contains("400"), "{told}");
+    ensure!(second.status.success(), "a second wallet does not give way");
+    // One more detached job brings a wallet back, which takes both.
+    world.onde(["run", "-d", "--name", "short", "--", "/bin/true"])?;
+    wait("the short job to be settled", || Ok(world.newest_job()?.settled_by.is_some()))?;
+    world.onde(["stop", "kept"])?;
+    let wallet = self::wallet(world)?;
+    wait("the wallet to end with its last job", || Ok(!is_running(wallet)))?;
+    let (job, short) = (world.broker.job(&id)?, world.newest_job()?);
+    ensure!(job.sold <= 400, "{} tokens sold", job.sold);
+    ensure!(before - world.balance()? == world.cost(&job)? + world.cost(&short)?, "the books");
+    let told: serde_json::Value =
+        serde_json::from_str(&world.onde(["wallet", "statement", "--json"])?)?;
+    let rows = told.as_array().context("no list")?;
+    let of_job = |key: &str| -> u64 {
+        let rows = rows.iter().filter(|row| row["name"] == "kept");
+        rows.filter_map(|row| row[key].as_u64()).sum()
+    };
+    let cost = of_job("bought_micro") - of_job("back_micro");
+    ensure!(cost == world.cost(&job)?, "the statement says {cost}");
+    Ok(())
+}
+
+/// A job's row in `onde ps`, where it is open.
+fn state(world: &World, name: &str) -> Result<Option<serde_json::Value>> {
+    let rows: serde_json::Value = serde_json::from_str(&world.onde(["ps", "--json"])?)?;
+    let rows = rows.as_array().context("no list")?;
+    Ok(rows.iter().find(|row| row["name"] == name).cloned())
+}
+
+/// Gives a job's VM back, if it is not gone by itself.
+fn stop(world: &World, name: &str) -> Result<()> {
+    world.onde(["stop", name]).map(drop)
+}
+
+/// Whether a process is there, and more than a status that nobody has asked for (proc(5)).
+fn is_running(pid: Pid) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    stat.is_ok_and(|stat| !stat.contains(") Z "))
+}
+
+/// The process that serves the customer's detached jobs, once there is one.
+fn wallet(world: &World) -> Result<Pid> {
+    let mut found = None;
+    wait("a wallet to serve", || {
+        for entry in fs::read_dir(world.file("state/onde/jobs"))? {
+            let entry = entry?;
+            if entry.file_name().to_string_lossy().starts_with("wallet-") {
+                // Empty between its lock and its words.
+                let pid = fs::read_to_string(entry.path())?.trim().parse().ok();
+                found = pid.and_then(Pid::from_raw).filter(|pid| is_running(*pid));
+            }
+        }
+        Ok(found.is_some())
+    })?;
+    found.context("no wallet")
+}
