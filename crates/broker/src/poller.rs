@@ -155,7 +155,7 @@ impl Asker {
     fn about_job(&self, ask: &Ask) -> (u64, Pending) {
         let nonce = u64::from_le_bytes(crate::random());
         let key = Party::Owner.key(&self.broker.node_key(&ask.node), &ask.job);
-        let request = if ask.op == Op::Stop { Request::Stop } else { Request::Status };
+        let request = if ask.op == Op::Stop { Request::Stop(false) } else { Request::Status };
         let packet = request.emit_as(Party::Owner, nonce, &ask.job, &key);
         (nonce, Pending { ipv4: ask.ipv4, packet, kind: Kind::Job(*ask, Box::new(key)) })
     }

@@ -12,6 +12,7 @@ pub mod home;
 pub mod job;
 pub mod kernel;
 pub mod layout;
+pub mod migration;
 pub mod node;
 pub mod session;
 pub mod snapshot;

@@ -86,6 +86,7 @@ fn words(status: Status) -> &'static str {
         Status::BadPayment => "the payment token does not belong to the job",
         Status::TooManySteps => "the payment token skips too many others",
         Status::NodeFault => "it failed at its own work",
+        Status::Resumed => "the VM runs",
     }
 }
 
@@ -144,7 +145,25 @@ impl Handle {
 
     /// Ends the VM; returns the redemption certificate. Again: the same certificate.
     pub fn stop(&self, echo: &mut impl Exchange) -> Result<[u8; CERTIFICATE_SIZE], NodeError> {
-        match self.ask(echo, &Request::Stop, Policy::default())? {
+        self.stop_if(echo, &Request::Stop(false), Policy::default())
+    }
+
+    /// Ends the VM unless its guest ever ran. Refused with [`Status::Resumed`] if it did: then nothing changes.
+    pub fn stop_unless_resumed(
+        &self,
+        echo: &mut impl Exchange,
+        policy: Policy,
+    ) -> Result<[u8; CERTIFICATE_SIZE], NodeError> {
+        self.stop_if(echo, &Request::Stop(true), policy)
+    }
+
+    fn stop_if(
+        &self,
+        echo: &mut impl Exchange,
+        request: &Request,
+        policy: Policy,
+    ) -> Result<[u8; CERTIFICATE_SIZE], NodeError> {
+        match self.ask(echo, request, policy)? {
             Reply::Stop(certificate) => Ok(certificate),
             other => Err(refused(self.node, &other)),
         }

@@ -1,7 +1,8 @@
 //! The filter on what VMs send: an XDP program on each tap lets a frame pass only if it is ARP or IPv4 from one
-//! of the VM's two address pairs, and if the VM is not ahead of the rate it bought. One program serves all taps and finds the pairs in a table by the tap's interface
-//! number. Used by [`crate::vm`]. It is attached through descriptors, so it cannot outlive `noded`, and never looks
-//! past the fixed headers.
+//! of the VM's two MACs and one of its two addresses, and if the VM is not ahead of the rate it bought. MAC and address are
+//! judged one by one: all four are the VM's own. One program serves all taps and finds the pairs in a table by the
+//! tap's interface number. Used by [`crate::vm`]. It is attached through descriptors, so it cannot outlive `noded`, and
+//! never looks past the fixed headers.
 //!
 //! XDP on a tap runs in the driver for every frame that the VMM writes, with or without a virtio-net header and
 //! also for segments still to be cut (drivers/net/tun.c, `tun_build_skb` and `tun_get_user`).
@@ -13,7 +14,7 @@ use std::sync::Arc;
 use onde_sys::bpf::{self, Insn, Table, Width, XDP_DROP, XDP_PASS};
 use onde_wire::plan::SLOTS_MAX;
 
-/// An address pair that a VM may send from.
+/// A MAC and an address that a VM may send from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Pair {
     /// Source MAC.
@@ -83,7 +84,7 @@ impl Filter {
         Ok(self)
     }
 
-    /// Lets the tap with this interface number send from these pairs only, and at this rate; 0 for no limit.
+    /// Lets the tap with this interface number send from what is in these pairs only, and at this rate; 0 for no limit.
     pub fn attach(&self, index: u32, pairs: [Pair; 2], net_kib_s: u32) -> io::Result<Attached> {
         // A tap that has no entry yet passes nothing.
         let link = bpf::attach_xdp(self.program.as_fd(), index)?;
@@ -122,7 +123,6 @@ const CONTEXT: u8 = 1;
 const KEY: u8 = 2;
 const EXPECT: u8 = 3;
 const FIELD: u8 = 4;
-const IPV4: u8 = 5;
 const DATA: u8 = 6;
 const END: u8 = 7;
 const MAC_HEAD: u8 = 8;
@@ -178,9 +178,9 @@ fn assemble(table: &Table) -> Vec<Insn> {
         Insn::load(Width::U32, MAC_HEAD, DATA, MAC_AT),
         Insn::load(Width::U16, MAC_TAIL, DATA, MAC_AT + 4),
     ]);
-    // Each block of six ends behind the last if its pair is the sender; the last is followed by a drop.
-    code.extend(match_pair(0, 6 + 2));
-    code.extend(match_pair(PAIR_SIZE as i16, 2));
+    // Each block of five ends behind the last if its MAC is the sender's; the last is followed by a drop.
+    code.extend(match_mac(0, 5 + 2));
+    code.extend(match_mac(PAIR_SIZE as i16, 2));
     code.extend(DROP);
     code.push(Insn::load(Width::U16, FIELD, DATA, TYPE_AT));
     let (ip, arp) = (ip_rules(), arp_rules());
@@ -245,16 +245,22 @@ fn bounds(end: i32) -> [Insn; 5] {
     [Insn::copy(FIELD, DATA), Insn::add(FIELD, end), fits, DROP[0], DROP[1]]
 }
 
-/// Where the source MAC is that of the pair at this offset, loads its address and skips `found` instructions.
-fn match_pair(at: i16, found: i16) -> [Insn; 6] {
+/// Where the source MAC is that of the pair at this offset, skips `found` instructions.
+fn match_mac(at: i16, found: i16) -> [Insn; 5] {
     [
         Insn::load(Width::U32, EXPECT, PAIRS, at),
-        Insn::skip_unless_same(EXPECT, MAC_HEAD, 4),
+        Insn::skip_unless_same(EXPECT, MAC_HEAD, 3),
         Insn::load(Width::U16, EXPECT, PAIRS, at + 4),
-        Insn::skip_unless_same(EXPECT, MAC_TAIL, 2),
-        Insn::load(Width::U32, IPV4, PAIRS, at + 8),
+        Insn::skip_unless_same(EXPECT, MAC_TAIL, 1),
         Insn::skip(found),
     ]
+}
+
+/// Drops the frame unless the address in FIELD is one of the VM's.
+fn require_ipv4() -> [Insn; 6] {
+    let load = |at: usize| Insn::load(Width::U32, EXPECT, PAIRS, at as i16);
+    let found = |skipped| Insn::skip_if_same(FIELD, EXPECT, skipped);
+    [load(8), found(4), load(PAIR_SIZE + 8), found(2), DROP[0], DROP[1]]
 }
 
 fn require(register: u8, value: u32) -> [Insn; 3] {
@@ -269,7 +275,7 @@ fn ip_rules() -> Vec<Insn> {
     let mut code = vec![Insn::load(Width::U8, FIELD, DATA, IP_VERSION_AT), Insn::and(FIELD, 0xF0)];
     code.extend(require(FIELD, 0x40));
     code.push(Insn::load(Width::U32, FIELD, DATA, IP_SOURCE_AT));
-    code.extend(require_same(FIELD, IPV4));
+    code.extend(require_ipv4());
     code
 }
 
@@ -285,7 +291,7 @@ fn arp_rules() -> Vec<Insn> {
     code.push(Insn::load(Width::U16, FIELD, DATA, ARP_MAC_AT + 4));
     code.extend(require_same(FIELD, MAC_TAIL));
     code.push(Insn::load(Width::U32, FIELD, DATA, ARP_IPV4_AT));
-    code.extend(require_same(FIELD, IPV4));
+    code.extend(require_ipv4());
     code
 }
 
@@ -332,7 +338,7 @@ mod tests {
     }
 
     #[test]
-    fn a_vm_sends_from_its_own_pairs_only() {
+    fn a_vm_sends_from_its_own_addresses_only() {
         for pair in [A, B] {
             check(&ip(pair.mac, pair.ipv4), true);
             check(&arp(pair.mac, pair), true);
@@ -343,8 +349,10 @@ mod tests {
             check(&arp(pair.mac, Pair { mac: OTHER.mac, ..pair }), false);
             check(&arp(pair.mac, Pair { ipv4: OTHER.ipv4, ..pair }), false);
         }
-        // One pair's MAC with the other's address.
-        check(&ip(A.mac, B.ipv4), false);
+        // One pair's MAC with the other's address: all of them are the VM's.
+        check(&ip(A.mac, B.ipv4), true);
+        check(&arp(A.mac, Pair { ipv4: B.ipv4, ..A }), true);
+        // The two MACs in one frame are one.
         check(&arp(B.mac, A), false);
     }
 

@@ -45,6 +45,7 @@ pub struct Job {
     ended_ms: u64,
     due_ms: u64,
     burn: Burn,
+    has_resumed: bool,
 }
 
 /// The burn rate: measured over whole seconds, because a tick near the end of a balance is too short for it.
@@ -72,6 +73,7 @@ impl Job {
             ended_ms: 0,
             due_ms: 0,
             burn: Burn { micro_per_s: burn, from_ms: now_ms, from_cost_micro: 0 },
+            has_resumed: false,
             token,
         };
         job.due_ms = now_ms + job.tick_ms(prices);
@@ -131,11 +133,21 @@ impl Job {
         self.last_index
     }
 
-    /// RESUME was done.
-    pub fn resumed(&mut self) {
-        if self.stage == Stage::Booting {
-            self.stage = Stage::Running;
+    /// RESUME is all but done: whether the guest may run. Once it was allowed it counts as a life, even if the VM
+    /// is gone before its first instruction.
+    pub fn resume(&mut self) -> bool {
+        if self.is_going() {
+            self.has_resumed = true;
+            if self.stage == Stage::Booting {
+                self.stage = Stage::Running;
+            }
         }
+        self.is_going()
+    }
+
+    /// Whether its guest ever was allowed to run.
+    pub fn has_resumed(&self) -> bool {
+        self.has_resumed
     }
 
     /// Whether the time for the bootstrap is over.
@@ -234,6 +246,7 @@ impl Job {
             mem_mib_ms: self.meters.mem_mib_ms,
             sent_bytes: self.meters.sent_bytes,
             disk_mib_ms: self.meters.disk_mib_ms,
+            has_resumed: self.has_resumed,
         }
     }
 

@@ -249,7 +249,10 @@ impl Node {
                 vec![self.reply(&caller, &Reply::Status(status))]
             }
             Request::Console(offset) => self.console(caller, offset),
-            Request::Stop => self.stop(now_ms, caller),
+            Request::Stop(true) if record.job.has_resumed() => {
+                vec![self.reply(&caller, &refused(Status::Resumed))]
+            }
+            Request::Stop(_) => self.stop(now_ms, caller),
         }
     }
 
@@ -408,10 +411,12 @@ impl Node {
         let Some(record) = self.tenant(slot) else { return vec![] };
         match event {
             VmmEvent::Started => vec![],
-            VmmEvent::Resumed => {
-                record.job.resumed();
-                vec![Effect::Publish(slot, record.job.meter())]
-            }
+            // One that is to end gets no leave: it was told that it never ran.
+            VmmEvent::Resumed if !record.job.resume() => vec![],
+            VmmEvent::Resumed => vec![
+                Effect::Command(slot, VmmCommand::Go),
+                Effect::Publish(slot, record.job.meter()),
+            ],
             VmmEvent::Pay(token) => {
                 let accepted = record.job.pay(now_ms, &token).is_ok();
                 vec![

@@ -295,7 +295,7 @@ fn nothing_is_left_of_vms_that_ended() {
     // Lasts for half a second of one processor.
     let busy = service.boot(66, 400_000);
     assert!(service.count() > before);
-    assert!(matches!(service.ask(idle, Request::Stop), Reply::Stop(_)));
+    assert!(matches!(service.ask(idle, Request::Stop(false)), Reply::Stop(_)));
     for (job, stage, end) in [
         (idle, Stage::Stopped, EndReason::Stopped),
         (off, Stage::Ended, EndReason::PowerOff),

@@ -8,6 +8,8 @@
 use onde_wire::bytes::Reader;
 use onde_wire::machine::control::*;
 
+use crate::virtio::flow::Flow;
+
 /// What a register write asks the VMM to do before the guest goes on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Request {
@@ -54,6 +56,7 @@ pub struct Control {
     sleep_control: u8,
     role: u32,
     flow: [u8; 8],
+    judge: u32,
 }
 
 impl Control {
@@ -85,6 +88,10 @@ impl Control {
             (REG_COMMIT, _) => word(data).map(|_| Request::Commit),
             (REG_ABORT, _) => word(data).map(|_| Request::Abort),
             (REG_FLOW..REG_FLOW_END, _) => self.set_flow((offset - REG_FLOW) as usize, data),
+            (REG_JUDGE, _) => {
+                self.judge = word(data)?;
+                None
+            }
             (REG_SLEEP_CONTROL, &[value]) => self.sleep(value),
             (REG_RESET, &[RESET_VALUE]) => Some(Request::Reset),
             (REG_TOKEN.., _) => self.write_token((offset - REG_TOKEN) as usize, data),
@@ -113,9 +120,9 @@ impl Control {
         self.result = result;
     }
 
-    /// What REG_FLOW holds.
-    pub fn flow(&self) -> u64 {
-        u64::from_le_bytes(self.flow)
+    /// What leaves after FREEZE, by REG_FLOW and REG_JUDGE.
+    pub fn flow(&self) -> Flow {
+        Flow::parse(self.flow, self.judge.to_le_bytes())
     }
 
     /// FREEZE was done: what is read in a copy is no longer read here.
@@ -143,7 +150,9 @@ impl Control {
         let mut r = Reader::new(bytes);
         let (role, events, flow) = (r.u32()?, r.u32()?, r.array()?);
         let (token, sleep_control) = (r.array()?, r.u8()?);
-        let control = Self { result: RESULT_OK, token, events, sleep_control, role, flow };
+        // Whoever freezes this machine next says anew whom it may speak to.
+        let control =
+            Self { result: RESULT_OK, token, events, sleep_control, role, flow, judge: 0 };
         r.rest().is_empty().then_some(control)
     }
 
@@ -219,7 +228,9 @@ mod tests {
         control.write(REG_FLOW, &[1, 2, 3, 4]);
         control.write(REG_FLOW + 4, &[5, 6, 7, 8]);
         control.write(REG_FLOW + 4, &[9; 8]);
-        assert_eq!(control.flow().to_le_bytes(), [1, 2, 3, 4, 5, 6, 7, 8]);
+        control.write(REG_JUDGE, &[9, 10, 11, 12]);
+        let flow = [1, 2, 3, 4, 5, 6, 7, 8];
+        assert_eq!(control.flow(), Flow::parse(flow, [9, 10, 11, 12]));
         control.press_power_button();
         control.finish(RESULT_INVALID);
         let saved = control.save(ROLE_FORKED);

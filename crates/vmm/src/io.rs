@@ -104,6 +104,7 @@ impl<'a> Io<'a> {
     fn obey(&self) {
         match self.machine.noded.hear() {
             Ok(Some(VmmCommand::PayDone(accepted))) => self.machine.noded.pay_done(accepted),
+            Ok(Some(VmmCommand::Go)) => self.machine.noded.leave(),
             Ok(Some(VmmCommand::PowerButton)) => self.machine.press_power_button(),
             Ok(None) => {}
             Err(_) => self.machine.end(Outcome::Abandoned),

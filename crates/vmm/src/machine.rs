@@ -300,6 +300,7 @@ impl Machine {
         self.gathering.end();
         self.arrivals.announce();
         self.noded.pay_done(false);
+        self.noded.leave();
         self.wake_io();
     }
 

@@ -22,12 +22,22 @@ pub struct Noded {
     turn: Mutex<()>,
     answer: Mutex<Option<bool>>,
     answered: Condvar,
+    /// Whether the guest may run: set once.
+    leave: Mutex<bool>,
+    left: Condvar,
 }
 
 impl Noded {
     /// Takes over the control socket.
     pub fn new(socket: UnixDatagram) -> Self {
-        Self { socket, turn: Mutex::new(()), answer: Mutex::new(None), answered: Condvar::new() }
+        Self {
+            socket,
+            turn: Mutex::new(()),
+            answer: Mutex::new(None),
+            answered: Condvar::new(),
+            leave: Mutex::new(false),
+            left: Condvar::new(),
+        }
     }
 
     /// Sends an event. If `noded` is gone, so is the machine: the I/O thread sees that.
@@ -61,6 +71,20 @@ impl Noded {
         answer.take().unwrap_or(false)
     }
 
+    /// Says that the guest is about to run, and waits until it may. A machine that never gets leave waits until it
+    /// ends. The caller holds nothing that the I/O thread needs.
+    pub fn ask_leave(&self) {
+        self.tell(VmmEvent::Resumed);
+        let leave = self.leave.lock().unwrap_or_else(PoisonError::into_inner);
+        drop(self.left.wait_while(leave, |leave| !*leave).unwrap_or_else(PoisonError::into_inner));
+    }
+
+    /// Leave came, or the machine ended.
+    pub fn leave(&self) {
+        *self.leave.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.left.notify_all();
+    }
+
     /// The answer came, or there will be none.
     pub fn pay_done(&self, accepted: bool) {
         *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(accepted);
@@ -78,6 +102,21 @@ impl AsRawFd for Noded {
 mod tests {
     use super::*;
     use std::thread;
+
+    #[test]
+    fn a_guest_waits_for_leave() {
+        let (ours, theirs) = UnixDatagram::pair().unwrap();
+        let noded = Noded::new(ours);
+        thread::scope(|scope| {
+            let guest = scope.spawn(|| noded.ask_leave());
+            let mut event = [0; MESSAGE_SIZE];
+            theirs.recv(&mut event).unwrap();
+            assert_eq!(VmmEvent::parse(&event), Some(VmmEvent::Resumed));
+            assert!(!guest.is_finished());
+            noded.leave();
+            guest.join().unwrap();
+        });
+    }
 
     #[test]
     fn a_payment_waits_for_its_answer() {

@@ -107,8 +107,12 @@ pub mod control {
     pub const REG_ABORT: u64 = 0x04C;
     /// u64, write: the one TCP connection that is let out after FREEZE: the peer's IPv4 address in bytes 0-3, its port in
     /// 4-5, the own port in 6-7, all in network order; 0 for none. What it holds at FREEZE counts; may be written in
-    /// halves. ARP about the peer leaves, too.
+    /// halves. From FREEZE on frames leave under the MAC of the bootstrap, so that bridges which have learned where
+    /// the copy is are not misled, and frames for that MAC come in as the guest's. No ARP leaves.
     pub const REG_FLOW: u64 = 0x050;
+    /// u32, write: the IPv4 address, in network order, to which ICMP echo requests are let out after FREEZE, too: the
+    /// node that knows whether a copy runs; 0 for none. What it holds at FREEZE counts.
+    pub const REG_JUDGE: u64 = 0x058;
     /// u8, read and write: ACPI sleep control register (S5 is type 5).
     pub const REG_SLEEP_CONTROL: u64 = 0x040;
     /// u8, read and write: ACPI sleep status register.
@@ -501,7 +505,7 @@ impl ColdStart {
 pub enum VmmEvent {
     /// The machine is built and its first vCPU is about to run.
     Started,
-    /// RESUME was done: the guest runs.
+    /// RESUME is done but for the first instruction, which waits for [`VmmCommand::Go`].
     Resumed,
     /// The guest handed in a payment token.
     Pay(PaymentToken),
@@ -520,6 +524,8 @@ pub enum VmmCommand {
     PayDone(bool),
     /// Press the power button.
     PowerButton,
+    /// Answer to [`VmmEvent::Resumed`]: the guest may run. From then on it has lived, for all who ask.
+    Go,
 }
 
 /// Bytes of a message between `noded` and `vmm`.
@@ -576,6 +582,7 @@ impl VmmCommand {
                 out[1] = u8::from(*accepted);
             }
             VmmCommand::PowerButton => out[0] = 2,
+            VmmCommand::Go => out[0] = 3,
         }
         out
     }
@@ -588,6 +595,7 @@ impl VmmCommand {
         match bytes[0] {
             1 => Some(VmmCommand::PayDone(bytes[1] == 1)),
             2 => Some(VmmCommand::PowerButton),
+            3 => Some(VmmCommand::Go),
             _ => None,
         }
     }

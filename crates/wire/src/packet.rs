@@ -64,10 +64,11 @@ impl Op {
     /// Bytes of the request's body that mean something, and that its tag covers.
     pub fn request_size(self) -> usize {
         match self {
-            Op::Hello | Op::Status | Op::Stop => 0,
+            Op::Hello | Op::Status => 0,
             Op::Boot => BOOT_TOKEN_SIZE,
             Op::Pay => 36,
             Op::Console => 8,
+            Op::Stop => 1,
         }
     }
     // tcb:stranger-end
@@ -126,6 +127,8 @@ pub enum Status {
     TooManySteps = 9,
     /// The node failed at its own work; nothing was charged.
     NodeFault = 10,
+    /// The job has run: it is not stopped on the condition that it has not.
+    Resumed = 11,
 }
 
 impl Status {
@@ -144,6 +147,7 @@ impl Status {
             BadPayment,
             TooManySteps,
             NodeFault,
+            Resumed,
         ]
         .into_iter()
         .find(|status| *status as u8 == value)
@@ -224,8 +228,8 @@ pub enum Request {
     Status,
     /// See [`Op::Console`]; the offset of the first byte wanted.
     Console(u64),
-    /// See [`Op::Stop`].
-    Stop,
+    /// See [`Op::Stop`]; whether only a job that never ran is to be stopped.
+    Stop(bool),
 }
 
 impl Request {
@@ -237,7 +241,7 @@ impl Request {
             Request::Pay(_) => Op::Pay,
             Request::Status => Op::Status,
             Request::Console(_) => Op::Console,
-            Request::Stop => Op::Stop,
+            Request::Stop(_) => Op::Stop,
         }
     }
 
@@ -252,7 +256,8 @@ impl Request {
         packet[7] = party as u8;
         let mut w = Writer::new(&mut packet[BODY..]);
         match self {
-            Request::Hello | Request::Status | Request::Stop => {}
+            Request::Hello | Request::Status => {}
+            Request::Stop(unless_resumed) => w.put(&[u8::from(*unless_resumed)]),
             Request::Boot(token, _) => w.put(&token.emit()),
             Request::Pay(token) => {
                 w.put(&token.index.to_le_bytes());
@@ -282,7 +287,7 @@ impl Request {
             Op::Pay => Request::Pay(PaymentToken { index: r.u32()?, value: r.array()? }),
             Op::Status => Request::Status,
             Op::Console => Request::Console(r.u64()?),
-            Op::Stop => Request::Stop,
+            Op::Stop => Request::Stop(r.u8()? == 1),
         };
         Some((request, nonce(packet), unchecked.job()))
     }
@@ -417,6 +422,8 @@ pub struct JobStatus {
     pub sent_bytes: u64,
     /// Meter: MiB-milliseconds of disk held.
     pub disk_mib_ms: u64,
+    /// Whether its guest ever ran, if only for an instant: the machine that it was made of must not.
+    pub has_resumed: bool,
 }
 
 /// Answer to CONSOLE: `len` bytes from `offset` of all the `total` bytes ever written.
@@ -600,6 +607,7 @@ impl JobStatus {
         ]
         .iter()
         .for_each(|number| w.put(&number.to_le_bytes()));
+        w.put(&[u8::from(self.has_resumed)]);
     }
 
     fn parse(r: &mut Reader<'_>) -> Option<Self> {
@@ -616,6 +624,7 @@ impl JobStatus {
             mem_mib_ms: r.u64()?,
             sent_bytes: r.u64()?,
             disk_mib_ms: r.u64()?,
+            has_resumed: r.u8()? == 1,
         })
     }
 }

@@ -116,6 +116,7 @@ fn messages_of_vmm_come_back_as_they_were() {
         (VmmCommand::PayDone(true), [1, 1]),
         (VmmCommand::PayDone(false), [1, 0]),
         (VmmCommand::PowerButton, [2, 0]),
+        (VmmCommand::Go, [3, 0]),
     ] {
         let bytes = command.emit();
         assert!(bytes.starts_with(&first));

@@ -27,7 +27,7 @@ fn requests() -> [(Request, &'static str); 6] {
             Request::Console(4096),
             "2487e40ff62e06ba9e8165eb011eb98a210b4487dcec4ab08a90d1e5e8130d1e",
         ),
-        (Request::Stop, "f5b72081e69a13aea6ab923af50f6d81a05e7250aa497d88f6f74075ed6c4a4b"),
+        (Request::Stop(false), "6825dbe60093ce5f057f5aca714a2c1c62134634822923b4944ace1f72328d58"),
     ]
 }
 
@@ -58,6 +58,7 @@ fn replies() -> [(Reply, Op, &'static str); 7] {
         mem_mib_ms: 7,
         sent_bytes: 8,
         disk_mib_ms: 9,
+        has_resumed: true,
     };
     let data = std::array::from_fn(|index| index as u8);
     let slice = ConsoleSlice { offset: 4096, total: 9000, len: 936, data };
@@ -82,7 +83,7 @@ fn replies() -> [(Reply, Op, &'static str); 7] {
         (
             Reply::Status(status),
             Op::Status,
-            "e0e4404bbe1886d8c179fb651d7e3871469d007ae4419e5f8d13d61152890d05",
+            "802a365ccf652dae7d123e2d73fdc574ac93ad4da39a51a5f115ed8124dff926",
         ),
         (
             Reply::Console(slice),
@@ -128,7 +129,7 @@ fn the_owner_asks_under_a_key_that_the_customer_does_not_have() {
     let owner = Party::Owner.key(&node(), &JOB);
     for (request, _) in requests() {
         let packet = request.emit_as(Party::Owner, NONCE, &JOB, &owner);
-        let may = matches!(request, Request::Status | Request::Stop);
+        let may = matches!(request, Request::Status | Request::Stop(_));
         assert_eq!(is_accepted(&packet), may, "{request:?}");
         assert!(!is_accepted(&request.emit_as(Party::Owner, NONCE, &JOB, &job())));
         let as_customer = request.emit(NONCE, &JOB, &owner);
@@ -218,7 +219,7 @@ fn a_reply_with_a_senseless_body_is_refused() {
         assert_eq!(Reply::parse(&packet, op, NONCE, None), None, "{op:?} {at}");
     }
     let mut packet = replies()[2].0.emit(NONCE, &JOB, &job());
-    packet[6] = 11;
+    packet[6] = 12;
     assert_eq!(Reply::parse(&packet, Op::Pay, NONCE, None), None, "no such status");
 }
 

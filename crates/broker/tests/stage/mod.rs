@@ -92,6 +92,7 @@ pub fn status(stage: Stage, spent_micro: u64) -> JobStatus {
         mem_mib_ms: 0,
         sent_bytes: 0,
         disk_mib_ms: 0,
+        has_resumed: true,
     }
 }
 

@@ -41,6 +41,7 @@ pub(crate) fn honest(age_s: u64, cpu_s: u64, last_index: u32) -> JobStatus {
         mem_mib_ms: age_s * 1000 * u64::from(DEAL.mem_mib),
         sent_bytes: 0,
         disk_mib_ms: 0,
+        has_resumed: true,
     };
     let paid = u64::from(last_index) * DEAL.value_micro;
     status.spent_micro = DEAL.cost_micro(&status).min(paid);

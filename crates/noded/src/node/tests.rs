@@ -23,6 +23,8 @@ enum Move {
     Status(u8),
     Console(u8, u64),
     Stop(u8),
+    /// STOP unless resumed.
+    StopUnlessResumed(u8),
     /// Its VMM says this.
     Says(u8, VmmEvent),
     /// Its guest pays up to this index.
@@ -79,7 +81,8 @@ impl Bench {
             }
             Move::Status(job) => self.ask(job, Request::Status),
             Move::Console(job, offset) => self.ask(job, Request::Console(offset)),
-            Move::Stop(job) => self.ask(job, Request::Stop),
+            Move::Stop(job) => self.ask(job, Request::Stop(false)),
+            Move::StopUnlessResumed(job) => self.ask(job, Request::Stop(true)),
             Move::Says(job, event) => self.step(Event::Vmm(self.slot(job), event)),
             Move::GuestPays(job, index) => {
                 let token = PaymentToken { index, value: samples::payment(index) };
@@ -284,7 +287,7 @@ fn a_job_lives_pays_and_gets_its_change() {
     check(&[
         (Boot(1), "booted .2 with 3000000"),
         (Says(1, Vmm::Started), ""),
-        (Says(1, Vmm::Resumed), ""),
+        (Says(1, Vmm::Resumed), "Go"),
         (Wait(2000), ""),
         // 128 MiB and 10 kB/s for 1.8 s: a tick is as short as the balance lasts if all is used to the full.
         (Status(1), "running None spent 46367 left 2953633 burn 25008 for 118 s"),
@@ -296,6 +299,29 @@ fn a_job_lives_pays_and_gets_its_change() {
         (Console(1, 4995), "\"e end\" at 4995 of 5000"),
         (Console(1, 0), "\"the end\" at 4993 of 5000"),
     ]);
+}
+
+#[test]
+fn a_machine_that_ran_is_not_stopped_as_one_that_did_not() {
+    check(&[
+        (Boot(1), "booted .2 with 3000000"),
+        (Says(1, Vmm::Resumed), "Go"),
+        (StopUnlessResumed(1), "Resumed"),
+        (Stop(1), "certificate 3 spent 0 unused 3000000"),
+        (StopUnlessResumed(1), "Resumed"),
+    ]);
+    check(&[
+        (Boot(1), "booted .2 with 3000000"),
+        (StopUnlessResumed(1), "certificate 3 spent 0 unused 3000000"),
+        (StopUnlessResumed(1), "certificate 3 spent 0 unused 3000000"),
+        (StopUnlessResumed(2), "NoJob"),
+    ]);
+    // RESUME that was on its way when the answer was given.
+    let mut bench = Bench::new(config());
+    bench.make(Boot(1));
+    let stop = Request::Stop(true).emit(7, &[1; 16], &job_key(1));
+    bench.step(Event::Packet([Op::Stop as u8; COOKIE_SIZE], stop));
+    assert_eq!(bench.make(Says(1, Vmm::Resumed)), "", "leave after the end");
 }
 
 #[test]
@@ -353,7 +379,7 @@ fn a_guest_can_pay_for_itself() {
 fn a_vm_runs_as_long_as_it_paid_and_no_longer() {
     check(&[
         (Boot(1), "booted .2 with 3000000"),
-        (Says(1, Vmm::Resumed), ""),
+        (Says(1, Vmm::Resumed), "Go"),
         (Busy(1), ""),
         // 800 000 for the processor and 25 009 for the rest: 3 636 ms, and no more than one shortest tick.
         (Wait(3630), ""),
@@ -374,7 +400,7 @@ fn what_ended_costs_nothing_more() {
         let ended = format!("{ended} for 18446744073709551615 s");
         check(&[
             (Boot(1), "booted .2 with 3000000"),
-            (Says(1, Vmm::Resumed), ""),
+            (Says(1, Vmm::Resumed), "Go"),
             (Wait(1000), ""),
             (Says(1, event), ""),
             // Said twice, and then it dies.
@@ -511,7 +537,7 @@ fn the_broker_is_answered_under_its_own_key() {
     bench.make(Boot(1));
     let key = Party::Owner.key(&Key::new(&config().node_key), &[1; 16]);
     let mut answered = 0;
-    for request in [Request::Status, Request::Stop] {
+    for request in [Request::Status, Request::Stop(false)] {
         let packet = request.emit_as(Party::Owner, 7, &[1; 16], &key);
         let event = Event::Packet([0; COOKIE_SIZE], packet);
         for effect in bench.node.step(bench.now_ms, event) {

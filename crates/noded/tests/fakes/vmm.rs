@@ -80,13 +80,13 @@ fn send_frames() -> io::Result<()> {
     let mut page = [0u8; PAGE_SIZE as usize];
     info.read_exact_at(&mut page, 0)?;
     let own = Identity::parse(&page).ok_or(io::ErrorKind::InvalidData)?;
-    let other = [198, 18, 9, 9];
+    let (foreign, other) = ([2, 0x4f, 198, 18, 9, 9], [198, 18, 9, 9]);
     for _ in 0..3 {
         for (mac, ipv4) in [
             (own.boot_mac, own.boot_ipv4),
             (own.mac, own.ipv4),
             (own.mac, other),
-            (own.boot_mac, own.ipv4),
+            (foreign, own.ipv4),
         ] {
             rustix::io::write(&tap, &[&HEADER[..], &announcement(mac, ipv4)].concat())?;
         }

@@ -1,8 +1,8 @@
 //! FREEZE and its other end, RESUME of a full state, as vCPU threads see them: all stand still, each saves or loads its
 //! own vCPU, one of them (the caller) sees to the rest of the machine.
 
+use onde_wire::machine::STATE_SIZE_MAX;
 use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, RESULT_UNREADABLE};
-use onde_wire::machine::{STATE_SIZE_MAX, VmmEvent};
 use vm_memory::{Bytes, GuestAddress};
 
 use super::vcpu::Vcpu;
@@ -95,7 +95,7 @@ impl Vcpu {
             return Ok(RESULT_INVALID);
         }
         self.finish_access(machine)?;
-        let _turn = machine.io_turn();
+        let turn = machine.io_turn();
         machine.reset_devices()?;
         if let Some(Call::Load(own)) = machine.gathering.called(self.id) {
             own.load(&self.fd)?;
@@ -103,9 +103,13 @@ impl Vcpu {
         if machine.gathering.all(self.id, None).is_none() {
             return Ok(RESULT_OK);
         }
-        machine.load_source(source)?;
+        // All that can fail comes first: whoever got leave has lived. The devices, which could send something, come after
+        // it.
+        machine.load_clock(&source)?;
+        drop(turn);
+        machine.noded.ask_leave();
+        machine.load_devices(source);
         machine.gathering.release();
-        machine.noded.tell(VmmEvent::Resumed);
         machine.drop_boot_soon();
         Ok(RESULT_OK)
     }

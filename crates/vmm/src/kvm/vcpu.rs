@@ -16,7 +16,7 @@ use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, RESULT_REFUSED};
-use onde_wire::machine::{COLD_SIZE, ColdStart, VmmEvent};
+use onde_wire::machine::{COLD_SIZE, ColdStart};
 use onde_wire::token::PaymentToken;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::ioctl::ioctl_with_ref;
@@ -181,7 +181,7 @@ impl Vcpu {
         self.finish_access(machine)?;
         machine.hand_over()?;
         self.reset.set_cold(&self.fd, start)?;
-        machine.noded.tell(VmmEvent::Resumed);
+        machine.noded.ask_leave();
         machine.drop_boot_soon();
         Ok(())
     }

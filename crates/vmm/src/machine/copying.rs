@@ -15,7 +15,6 @@ use crate::kvm::copying::VmState;
 use crate::kvm::vcpu_state::VcpuState;
 use crate::state::{State, emit_serial, parse_serial};
 use crate::virtio::Outgoing;
-use crate::virtio::flow::Flow;
 use crate::virtio::mmio::{self, Slot};
 
 /// A full state, checked: the machine that this one goes on from.
@@ -58,7 +57,7 @@ impl Machine {
         checkpoint.fill(&self.save(role, vcpus)?.emit(), pages)?;
         let mut control = self.bus.control();
         control.be_source();
-        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::Only(Flow::parse(control.flow())));
+        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::Only(control.flow()));
         Ok(RESULT_OK)
     }
 
@@ -109,9 +108,18 @@ impl Machine {
         })
     }
 
-    /// RESUME of a copy, after [`Self::reset_devices`] and all vCPUs, which still stand still.
-    pub fn load_source(&self, source: Source) -> Result<(), Fault> {
-        self.vm.load(&source.vm)?;
+    /// RESUME of a copy, first part, after [`Self::reset_devices`] and all vCPUs, which still stand still: what KVM has
+    /// beside them.
+    pub fn load_clock(&self, source: &Source) -> Result<(), Fault> {
+        self.vm.load(&source.vm)
+    }
+
+    /// RESUME of a copy, second part: from here on its devices work.
+    pub fn load_devices(&self, source: Source) {
+        let _turn = self.io_turn();
+        if self.has_ended() {
+            return;
+        }
         if source.control.has_event() {
             let _ = self.power_line.write(1);
         }
@@ -120,6 +128,5 @@ impl Machine {
         for (slot, saved) in self.bus.virtio.iter().zip(source.devices) {
             slot.load(saved);
         }
-        Ok(())
     }
 }

@@ -60,8 +60,8 @@ pub trait Device: Send {
 pub enum Outgoing {
     /// All frames.
     All,
-    /// Those of the one connection, if any.
-    Only(Option<flow::Flow>),
+    /// These.
+    Only(flow::Flow),
 }
 
 /// A device's interrupt line and the register that says why it was raised. Outside the lock, as

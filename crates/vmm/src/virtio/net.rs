@@ -42,6 +42,10 @@ const MERGE_MAX: usize = 64;
 /// Where the header holds the number of buffers.
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
+/// The addresses of a frame behind its header.
+const TARGET_MAC: std::ops::Range<usize> = VNET_HEADER_SIZE..VNET_HEADER_SIZE + 6;
+const SOURCE_MAC: std::ops::Range<usize> = VNET_HEADER_SIZE + 6..VNET_HEADER_SIZE + 12;
+
 /// A buffer for a received frame: the head of its chain, and what writes to it.
 type Buffer<'a> = (u16, Writer<'a, BS<'a, AtomicBitmap>>);
 
@@ -98,6 +102,7 @@ impl Link for Tap {
 pub struct Net<L> {
     link: L,
     mac: [u8; 6],
+    boot_mac: [u8; 6],
     guest_mac: [u8; 6],
     arrivals: Arc<Arrivals>,
     merge: bool,
@@ -114,6 +119,7 @@ impl<L: Link> Net<L> {
         Self {
             link,
             mac: boot_mac,
+            boot_mac,
             guest_mac,
             arrivals,
             merge: false,
@@ -130,7 +136,7 @@ impl<L: Link> Net<L> {
             let size = reader.available_bytes();
             let Some(frame) = self.sent.get_mut(..size) else { return Ok(0) };
             reader.read_exact(frame).map_err(|_| Broken)?;
-            if leaves(&self.outgoing, frame) {
+            if leaves(&self.outgoing, self.boot_mac, frame) {
                 // A frame that the tap does not take is lost, as on any network.
                 let _ = self.link.write(frame);
             }
@@ -164,12 +170,25 @@ impl<L: Link> Net<L> {
         }
         loop {
             match self.link.read(&mut self.received) {
-                Ok(size) => self.received_size = size,
+                Ok(size) => {
+                    self.received_size = size;
+                    self.readdress();
+                }
                 Err(error) if error.kind() == ErrorKind::Interrupted => continue,
                 // WouldBlock; any other error means that the tap is going away with its VM.
                 Err(_) => {}
             }
             return self.received_size > 0;
+        }
+    }
+
+    /// After FREEZE the guest is spoken to under the MAC that it speaks with.
+    fn readdress(&mut self) {
+        if let (Outgoing::Only(_), Some(target)) =
+            (self.outgoing, self.received.get_mut(TARGET_MAC))
+            && *target == self.boot_mac
+        {
+            target.copy_from_slice(&self.guest_mac);
         }
     }
 
@@ -269,19 +288,20 @@ impl<L: Link> Device for Net<L> {
     }
 }
 
-fn leaves(outgoing: &Outgoing, frame: &[u8]) -> bool {
-    match outgoing {
-        Outgoing::All => true,
-        Outgoing::Only(flow) => {
-            let ethernet = frame.get(VNET_HEADER_SIZE..).unwrap_or(&[]);
-            flow.is_some_and(|flow| flow.has(ethernet))
-        }
+/// Whether a frame leaves. After FREEZE it does so under `boot_mac`: the guest's own MAC is where the copy is.
+fn leaves(outgoing: &Outgoing, boot_mac: [u8; 6], frame: &mut [u8]) -> bool {
+    let Outgoing::Only(flow) = outgoing else { return true };
+    if !flow.has(frame.get(VNET_HEADER_SIZE..).unwrap_or(&[])) {
+        return false;
     }
+    frame[SOURCE_MAC].copy_from_slice(&boot_mac);
+    true
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::virtio::flow::Flow;
     use std::collections::VecDeque;
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::mock::MockSplitQueue;
@@ -384,7 +404,7 @@ mod tests {
         mock.add_desc_chains(&chains.map(RawDescriptor::from), 0).unwrap();
         let mut queues = [Queue::new(16).unwrap(), mock.create_queue().unwrap()];
         let mut net = net(&[], feature::GUEST_CSUM | feature::GUEST_TSO4);
-        net.hold(Outgoing::Only(None));
+        net.hold(Outgoing::Only(Flow::parse([0; 8], [0; 4])));
         net.process(&mut queues, TX, &view).unwrap();
         assert_eq!((queues[TX].next_used(), net.link.outgoing.len()), (2, 0), "a frame got out");
         net.hold(Outgoing::All);
@@ -392,6 +412,26 @@ mod tests {
         net.process(&mut queues, TX, &view).unwrap();
         assert_eq!(net.link.outgoing, [b"0123456789ab frame".to_vec()]);
         assert_eq!((queues[TX].next_used(), net.link.offload), (4, 3));
+    }
+
+    #[test]
+    fn a_frozen_guest_speaks_under_another_mac() {
+        let mut net = net(&[], 0);
+        let judge = [198, 18, 0, 7];
+        net.hold(Outgoing::Only(Flow::parse([0; 8], judge)));
+        let mut frame =
+            [vec![0; VNET_HEADER_SIZE], crate::virtio::flow::echo_request(judge)].concat();
+        assert!(leaves(&net.outgoing, net.boot_mac, &mut frame));
+        assert_eq!(frame[SOURCE_MAC], [2; 6]);
+        frame[TARGET_MAC].copy_from_slice(&[2; 6]);
+        net.link.incoming.push_back(frame.clone());
+        assert!(net.fetch());
+        assert_eq!(net.received[TARGET_MAC], [4; 6]);
+        net.hold(Outgoing::All);
+        net.received_size = 0;
+        net.link.incoming.push_back(frame);
+        assert!(net.fetch());
+        assert_eq!(net.received[TARGET_MAC], [2; 6]);
     }
 
     #[test]
