@@ -75,6 +75,7 @@ pub fn run(json: Option<&Path>) -> Result<()> {
     step("setup", setup::run)?;
     build::run()?;
     let mut figures = vec![checks()?];
+    figures.extend(sales()?);
     figures.extend(one_node()?);
     figures.push(two_nodes()?);
     println!(
@@ -105,6 +106,23 @@ fn checks() -> Result<Figure> {
     let told: serde_json::Value = serde_json::from_str(&text)?;
     let rate = told["boot_checks_per_s"].as_f64().context("no rate")?;
     Ok(Figure::new("boot-token checks, one core", rate, "1/s", "the paper (2006)", PAPER_CHECKS))
+}
+
+/// Purchases, all of them on disk when they are answered: on the broker's own store beside PostgreSQL.
+fn sales() -> Result<[Figure; 3]> {
+    let example = ["run", "--quiet", "--release", "--package", "broker", "--example", "sales"];
+    let text = output(Command::new("cargo").args(example).current_dir(root()))?;
+    let told: serde_json::Value = serde_json::from_str(&text)?;
+    let figure = |name, key: &str, unit| -> Result<Figure> {
+        let value = |store: &str| told[store][key].as_f64().context("no figure");
+        let peer = "broker on PostgreSQL";
+        Ok(Figure::new(name, value("sqlite")?, unit, peer, value("postgres")?))
+    };
+    Ok([
+        figure("purchases on the embedded store", "purchases_per_s", "1/s")?,
+        figure("broker's processor time a purchase", "cpu_us_per_purchase", "us")?,
+        figure("broker's memory under purchases", "memory_kib", "KiB")?,
+    ])
 }
 
 /// Boot time and memory of a VM beside QEMU's in the same node.

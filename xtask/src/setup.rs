@@ -13,13 +13,15 @@ use onde_lab::programs;
 use crate::step::{output, show, step};
 
 /// Programs that building and the lab need, and Debian's package of each.
-const PROGRAMS: [(&str, &str); 6] = [
+const PROGRAMS: [(&str, &str); 7] = [
     ("qemu-system-x86_64", "qemu-system-x86"),
     ("ip", "iproute2"),
     ("dpkg-deb", "dpkg"),
     ("setpriv", "util-linux"),
     ("unshare", "util-linux"),
     ("cc", "gcc"),
+    // The broker's tests run against a server of their own. Debian keeps its programs out of the PATH.
+    ("initdb", "postgresql"),
 ];
 
 /// The package that depends on Debian's newest kernel for virtual machines.
@@ -38,7 +40,7 @@ pub fn run() -> Result<()> {
 fn programs_of_the_host() -> Result<()> {
     let mut packages: Vec<_> = PROGRAMS
         .into_iter()
-        .filter(|(program, _)| programs::on_path(program).is_none())
+        .filter(|(program, _)| !is_there(program))
         .map(|(_, package)| package)
         .collect();
     packages.dedup();
@@ -57,6 +59,12 @@ fn programs_of_the_host() -> Result<()> {
         apt_get(&["update"])?;
         apt_get(&[&install[..], &packages].concat())
     })
+}
+
+fn is_there(program: &str) -> bool {
+    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let mut folders = versions.map(|version| version.path().join("bin"));
+    programs::on_path(program).is_some() || folders.any(|folder| folder.join(program).exists())
 }
 
 fn apt_get(args: &[&str]) -> Result<()> {

@@ -2,14 +2,14 @@
 //! Keys are random and kept as digests only; a key has 256 bits, so a plain digest is enough.
 
 use crate::Broker;
+use crate::journal::{self, Act, Book, Reason, request_key, signed};
 use crate::ledger::unix_s;
 use crate::refusal::Refusal;
+use crate::store::{StoreError, Tx, params};
 use onde_client::api::{
     ACCOUNT_NAME_MAX, Account, AccountOpened, AccountRequest, CreditRequest, Credited, Entry, Hex,
 };
 use onde_wire::key::sha256;
-use onde_wire::token::JobId;
-use rusqlite::{Connection, OptionalExtension, params};
 
 /// Most micro-tokens in one credit: 10^9 tokens. Nine thousand of them still fit a balance of 63 bits.
 const CREDIT_MICRO_MAX: u64 = 1_000_000_000_000_000;
@@ -22,82 +22,24 @@ pub fn new_key() -> String {
     format!("onde_{}", Hex(crate::random::<32>()))
 }
 
-/// Why money moves.
-#[derive(Clone, Copy, Debug)]
-pub enum Reason {
-    /// The operator put it in.
-    Credit,
-    /// A boot token was bought.
-    Boot,
-    /// Payment tokens were bought.
-    Tokens,
-    /// A job was settled.
-    Refund,
-}
-
-impl Reason {
-    fn word(self) -> &'static str {
-        match self {
-            Reason::Credit => "credit",
-            Reason::Boot => "boot",
-            Reason::Tokens => "tokens",
-            Reason::Refund => "refund",
-        }
-    }
-}
-
 /// Micro-tokens in an account.
-pub fn balance(tx: &Connection, account: &str) -> Result<u64, Refusal> {
-    tx.query_row("SELECT balance_micro FROM accounts WHERE name = ?1", [account], |row| row.get(0))
-        .optional()?
-        .ok_or(Refusal::NotFound("account"))
+pub fn balance(tx: &Tx<'_>, account: &str) -> Result<u64, Refusal> {
+    let found = journal::balance(tx, Book::Customer(account))?;
+    found.map(i64::unsigned_abs).ok_or(Refusal::NotFound("account"))
 }
 
-/// Takes money out of an account.
-pub fn charge(
-    tx: &Connection,
-    account: &str,
-    micro: u64,
-    reason: Reason,
-    job: &JobId,
-) -> Result<(), Refusal> {
-    let have = balance(tx, account)?;
-    if have < micro {
-        return Err(Refusal::NoMoney { need: micro, have });
-    }
-    post(tx, account, -signed(micro), reason, Some(job))
-}
-
-/// Puts money into an account; nothing for nothing.
+/// Puts money into an account that came in through `from`; `key` is an act's, see [`journal::request_key`].
 pub fn credit(
-    tx: &Connection,
+    tx: &Tx<'_>,
     account: &str,
     micro: u64,
-    reason: Reason,
-    job: Option<&JobId>,
+    from: &str,
+    key: String,
 ) -> Result<(), Refusal> {
-    match micro {
-        0 => Ok(()),
-        _ => post(tx, account, signed(micro), reason, job),
-    }
-}
-
-fn signed(micro: u64) -> i64 {
-    i64::try_from(micro).expect("all amounts are bounded far below 2^63")
-}
-
-fn post(
-    tx: &Connection,
-    account: &str,
-    delta_micro: i64,
-    reason: Reason,
-    job: Option<&JobId>,
-) -> Result<(), Refusal> {
-    tx.execute(
-        "INSERT INTO entries (account, delta_micro, reason, job, at) VALUES (?1, ?2, ?3, ?4, ?5)",
-        params![account, delta_micro, reason.word(), job, unix_s()],
-    )?;
-    Ok(())
+    let micro = signed(micro);
+    let lines = [(Book::Cash(from), -micro), (Book::Customer(account), micro)];
+    let (reason, at) = (Reason::Credit, unix_s());
+    journal::post(tx, &Act { reason, key, job: None, tokens: None, at, lines: &lines })
 }
 
 fn is_name(name: &str) -> bool {
@@ -105,7 +47,7 @@ fn is_name(name: &str) -> bool {
     (1..=ACCOUNT_NAME_MAX).contains(&name.len()) && name.chars().all(allowed)
 }
 
-fn issue_key(tx: &Connection, name: &str) -> Result<AccountOpened, Refusal> {
+fn issue_key(tx: &Tx<'_>, name: &str) -> Result<AccountOpened, Refusal> {
     let key = new_key();
     tx.execute(
         "INSERT INTO keys (digest, account, issued_at) VALUES (?1, ?2, ?3)",
@@ -117,10 +59,9 @@ fn issue_key(tx: &Connection, name: &str) -> Result<AccountOpened, Refusal> {
 impl Broker {
     /// Whose key this is.
     pub fn customer(&self, key: &KeyDigest) -> Result<String, Refusal> {
-        self.ledger.act(|tx| {
-            tx.query_row("SELECT account FROM keys WHERE digest = ?1", [key], |row| row.get(0))
-                .optional()?
-                .ok_or(Refusal::Unauthorized)
+        self.ledger.read(|tx| {
+            let sql = "SELECT account FROM keys WHERE digest = ?1";
+            tx.row(sql, params![key], |row| row.get(0))?.ok_or(Refusal::Unauthorized)
         })
     }
 
@@ -139,7 +80,10 @@ impl Broker {
             )?;
             match made {
                 0 => Err(Refusal::AccountExists),
-                _ => issue_key(tx, name),
+                _ => {
+                    journal::open(tx, Book::Customer(name))?;
+                    issue_key(tx, name)
+                }
             }
         })
     }
@@ -160,15 +104,15 @@ impl Broker {
         // Scope "": no account has this name, so no customer can use up the operator's keys.
         self.ledger.act_once("", &request.idempotency_key, &("credit", name, request), |tx| {
             balance(tx, name)?;
-            credit(tx, name, request.micro, Reason::Credit, None)?;
+            credit(tx, name, request.micro, "operator", request_key("", &request.idempotency_key))?;
             Ok(Credited { name: name.into(), balance_micro: balance(tx, name)? })
         })
     }
 
     /// An account and a page of its journal.
     pub fn account(&self, name: &str, before: i64, limit: u32) -> Result<Account, Refusal> {
-        self.ledger.act(|tx| {
-            let entries = journal(tx, name, before, limit)?;
+        self.ledger.read(|tx| {
+            let entries = entries(tx, name, before, limit)?;
             let next =
                 entries.last().filter(|_| entries.len() == limit as usize).map(|entry| entry.id);
             Ok(Account { name: name.into(), balance_micro: balance(tx, name)?, entries, next })
@@ -176,24 +120,18 @@ impl Broker {
     }
 }
 
-fn journal(
-    tx: &Connection,
-    name: &str,
-    before: i64,
-    limit: u32,
-) -> Result<Vec<Entry>, rusqlite::Error> {
-    let mut query = tx.prepare_cached(
-        "SELECT id, at, delta_micro, reason, job FROM entries \
-         WHERE account = ?1 AND id < ?2 ORDER BY id DESC LIMIT ?3",
-    )?;
-    let rows = query.query_map(params![name, before, limit], |row| {
+/// An account's lines of the journal before act `before`, newest first.
+fn entries(tx: &Tx<'_>, name: &str, before: i64, limit: u32) -> Result<Vec<Entry>, StoreError> {
+    let sql = "SELECT acts.seq, at, delta_micro, kind, job FROM lines JOIN acts ON acts.seq = lines.act \
+         WHERE book = ?1 AND act < ?2 ORDER BY act DESC LIMIT ?3";
+    let book = Book::Customer(name).to_string();
+    tx.rows(sql, params![book, before, limit], |row| {
         Ok(Entry {
             id: row.get(0)?,
             at: row.get(1)?,
             delta_micro: row.get(2)?,
             reason: row.get(3)?,
-            job: row.get::<_, Option<_>>(4)?.map(Hex),
+            job: row.get::<Option<_>>(4)?.map(Hex),
         })
-    })?;
-    rows.collect()
+    })
 }

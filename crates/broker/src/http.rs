@@ -248,7 +248,7 @@ async fn credit(
     responses((status = 200, body = EventList), (status = "4XX", body = Failure)))]
 async fn events(broker: Shared, key: Bearer, Query(page): Query<Page>) -> Answer<EventList> {
     operator(broker, key, move |broker| {
-        broker.ledger.act(|tx| ledger::events(tx, page.before(), page.limit()))
+        broker.ledger.read(|tx| ledger::events(tx, page.before(), page.limit()))
     })
     .await
 }
@@ -275,7 +275,7 @@ struct Ready {
     responses((status = 200, body = Ready), (status = "5XX", body = Failure)))]
 async fn readyz(State(broker): Shared) -> Answer<Ready> {
     blocking(move || {
-        broker.ledger.act(|_| Ok(()))?;
+        broker.ledger.read(|_| Ok(()))?;
         let (nodes, now) = (broker.nodes(), Instant::now());
         if now.saturating_duration_since(nodes.last_tick()) > TICK_AGE_MAX {
             return Err(Refusal::NotReady("the nodes are not looked after"));

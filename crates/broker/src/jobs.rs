@@ -9,11 +9,11 @@
 
 use crate::Broker;
 use crate::refusal::Refusal;
+use crate::store::{Row, StoreError, Tx, params};
 use onde_client::api::{Hex, Job, JobList, SettledBy};
 use onde_wire::chain::Value;
 use onde_wire::plan::Plan;
 use onde_wire::token::{Incarnation, JobId, NodeId};
-use rusqlite::{Connection, OptionalExtension, Row, params};
 
 /// A job's row. Its columns say more about it than this names: see the schema.
 #[derive(Clone, Debug)]
@@ -44,8 +44,10 @@ pub struct JobRow {
     pub first_count: u32,
     /// Payment tokens sold in all.
     pub sold: u32,
-    /// s_0 of its chain: secret.
+    /// s_0 of its chain if a broker of version 1 sold it: secret.
     pub seed: Value,
+    /// What is left of its chain: as secret.
+    pub chain: Option<Vec<u8>>,
     /// Uptime of the node up to which the boot token can be shown.
     pub expiry_ms: u64,
     /// Whether its VM was ever seen.
@@ -62,14 +64,16 @@ pub struct JobRow {
     pub settled_at: Option<u64>,
     /// What was given back.
     pub refund_micro: u64,
+    /// Whether it sells no more since an old backup was restored.
+    pub is_frozen: bool,
 }
 
 /// The columns that [`read`] wants, in its order.
 const COLUMNS: &str = "seq, id, account, node, node_id, incarnation, guest, mem_mib, vcpus, disk_mib, \
     value_micro, first_count, sold, seed, expiry_ms, booted, spent_micro, opened_at, ended_at, \
-    settled_by, settled_at, refund_micro";
+    settled_by, settled_at, refund_micro, frozen, chain";
 
-fn read(row: &Row<'_>) -> rusqlite::Result<JobRow> {
+fn read(row: &Row) -> Result<JobRow, StoreError> {
     Ok(JobRow {
         seq: row.get(0)?,
         id: row.get(1)?,
@@ -93,6 +97,8 @@ fn read(row: &Row<'_>) -> rusqlite::Result<JobRow> {
         settled_by: row.get(19)?,
         settled_at: row.get(20)?,
         refund_micro: row.get(21)?,
+        is_frozen: row.get(22)?,
+        chain: row.get(23)?,
     })
 }
 
@@ -150,11 +156,12 @@ impl JobRow {
     }
 
     /// Writes a new job down and gives it its position.
-    pub fn insert(&mut self, tx: &Connection) -> Result<(), Refusal> {
-        tx.execute(
-            "INSERT INTO jobs (id, account, node, node_id, incarnation, guest, mem_mib, vcpus, disk_mib, \
-             value_micro, first_count, sold, seed, expiry_ms, opened_at) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15)",
+    pub fn insert(&mut self, tx: &Tx<'_>) -> Result<(), Refusal> {
+        let sql = "INSERT INTO jobs (id, account, node, node_id, incarnation, guest, mem_mib, vcpus, disk_mib, \
+             value_micro, first_count, sold, seed, expiry_ms, opened_at, chain) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16) RETURNING seq";
+        let seq = tx.value(
+            sql,
             params![
                 self.id,
                 self.account,
@@ -170,55 +177,51 @@ impl JobRow {
                 self.sold,
                 self.seed,
                 self.expiry_ms,
-                self.opened_at
+                self.opened_at,
+                self.chain,
             ],
         )?;
-        self.seq = tx.last_insert_rowid();
+        self.seq = seq;
         Ok(())
     }
 }
 
 /// The job with this id.
-pub fn find(tx: &Connection, id: &JobId) -> Result<JobRow, Refusal> {
-    tx.prepare_cached(&format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1"))?
-        .query_row([id], read)
-        .optional()?
-        .ok_or(Refusal::NotFound("job"))
+pub fn find(tx: &Tx<'_>, id: &JobId) -> Result<JobRow, Refusal> {
+    let sql = format!("SELECT {COLUMNS} FROM jobs WHERE id = ?1");
+    tx.row(&sql, params![id], read)?.ok_or(Refusal::NotFound("job"))
 }
 
 /// The job with this id, if it is this account's.
-pub fn find_own(tx: &Connection, account: &str, id: &JobId) -> Result<JobRow, Refusal> {
+pub fn find_own(tx: &Tx<'_>, account: &str, id: &JobId) -> Result<JobRow, Refusal> {
     let job = find(tx, id)?;
     if job.account == account { Ok(job) } else { Err(Refusal::NotFound("job")) }
 }
 
 /// Open jobs of one life of a node, at most `limit`.
 pub fn open_on(
-    tx: &Connection,
+    tx: &Tx<'_>,
     node: &NodeId,
     incarnation: &Incarnation,
     limit: u32,
 ) -> Result<Vec<JobRow>, Refusal> {
-    let mut query = tx.prepare_cached(&format!(
+    let sql = format!(
         "SELECT {COLUMNS} FROM jobs WHERE settled_at IS NULL AND node_id = ?1 AND incarnation = ?2 LIMIT ?3"
-    ))?;
-    let rows = query.query_map(params![node, incarnation, limit], read)?;
-    Ok(rows.collect::<Result<_, _>>()?)
+    );
+    Ok(tx.rows(&sql, params![node, incarnation, limit], read)?)
 }
 
 /// Jobs to ask nodes about, from position `after` on, at most `limit`.
-pub fn watched(tx: &Connection, after: i64, limit: u32) -> Result<Vec<JobRow>, Refusal> {
-    let mut query = tx.prepare_cached(&format!(
-        "SELECT {COLUMNS} FROM jobs WHERE watched = 1 AND seq > ?1 ORDER BY seq LIMIT ?2"
-    ))?;
-    let rows = query.query_map(params![after, limit], read)?;
-    Ok(rows.collect::<Result<_, _>>()?)
+pub fn watched(tx: &Tx<'_>, after: i64, limit: u32) -> Result<Vec<JobRow>, Refusal> {
+    let sql =
+        format!("SELECT {COLUMNS} FROM jobs WHERE watched = 1 AND seq > ?1 ORDER BY seq LIMIT ?2");
+    Ok(tx.rows(&sql, params![after, limit], read)?)
 }
 
 impl Broker {
     /// One job of an account.
     pub fn job(&self, account: &str, id: &JobId) -> Result<Job, Refusal> {
-        self.ledger.act(|tx| Ok(find_own(tx, account, id)?.show(&self.cluster.plan)))
+        self.ledger.read(|tx| Ok(find_own(tx, account, id)?.show(&self.cluster.plan)))
     }
 
     /// A page of an account's jobs before `before`, newest first; `open`: only those not settled.
@@ -229,15 +232,13 @@ impl Broker {
         before: i64,
         limit: u32,
     ) -> Result<JobList, Refusal> {
-        self.ledger.act(|tx| {
-            let mut query = tx.prepare_cached(&format!(
-                "SELECT {COLUMNS} FROM jobs WHERE account = ?1 AND seq < ?2 \
-                 AND (settled_at IS NULL OR NOT ?3) ORDER BY seq DESC LIMIT ?4"
-            ))?;
-            let rows = query.query_map(params![account, before, open, limit], read)?;
-            let jobs: Vec<_> = rows
-                .map(|row| row.map(|job| job.show(&self.cluster.plan)))
-                .collect::<Result<_, _>>()?;
+        let sql = format!(
+            "SELECT {COLUMNS} FROM jobs WHERE account = ?1 AND seq < ?2 \
+             AND (settled_at IS NULL OR ?3 = 0) ORDER BY seq DESC LIMIT ?4"
+        );
+        self.ledger.read(|tx| {
+            let rows = tx.rows(&sql, params![account, before, open, limit], read)?;
+            let jobs: Vec<_> = rows.iter().map(|job| job.show(&self.cluster.plan)).collect();
             let next = jobs.last().filter(|_| jobs.len() == limit as usize).map(|job| job.seq);
             Ok(JobList { jobs, next })
         })

@@ -6,16 +6,21 @@
 //! |---|---|
 //! | `serve`, `tls`, `rate` | connections, the certificate, limits |
 //! | `http`, `metrics` | requests and answers, figures |
+//! | `audit`, `backup` | the proof that the books are right, and copies of them |
 //! | `accounts`, `sale`, `settle`, `jobs` | money and jobs |
-//! | `ledger` | the store |
-//! | `traversal` | long hash chains, kept as a few values |
+//! | `ledger`, `journal`, `store` | what is kept: acts once, double entry, SQLite or PostgreSQL |
+//! | `chains`, `traversal` | long hash chains, kept as a few values |
 //! | `nodes`, `watch`, `poller` | what nodes say, what it means, how to ask |
 #![forbid(unsafe_code)]
 #![warn(missing_docs)]
 
 pub mod accounts;
+pub mod audit;
+pub mod backup;
+mod chains;
 pub mod http;
 pub mod jobs;
+pub mod journal;
 pub mod ledger;
 pub mod metrics;
 pub mod nodes;
@@ -25,6 +30,7 @@ pub mod refusal;
 mod sale;
 pub mod serve;
 mod settle;
+pub mod store;
 pub mod tls;
 pub mod traversal;
 pub mod watch;
@@ -42,6 +48,7 @@ pub struct Broker {
     cluster: Cluster,
     ledger: Ledger,
     nodes: Mutex<Nodes>,
+    stock: chains::Stock,
     operator: accounts::KeyDigest,
     metrics: metrics::Metrics,
 }
@@ -54,6 +61,7 @@ impl Broker {
             cluster,
             ledger,
             nodes: Mutex::new(Nodes::new(now)),
+            stock: Default::default(),
             operator,
             metrics: Default::default(),
         }
@@ -67,6 +75,11 @@ impl Broker {
     /// Whether this is the operator's key. Digests of secrets with 256 bits may be compared in plain.
     fn is_operator(&self, key: &accounts::KeyDigest) -> bool {
         self.operator == *key
+    }
+
+    /// The store under the ledger, for audits and backups.
+    pub fn store(&self) -> &store::Store {
+        self.ledger.store()
     }
 
     /// Forgets what is too old to matter; see [`Ledger::prune`].

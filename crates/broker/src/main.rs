@@ -1,9 +1,12 @@
 //! `broker`: reads its files, opens the store, starts the poller and serves the API until SIGTERM or SIGINT.
 
+mod command;
+
 use anyhow::{Context, Result};
 use clap::Parser;
 use onde_broker::ledger::Ledger;
 use onde_broker::poller::Poller;
+use onde_broker::store::shown;
 use onde_broker::tls::Identity;
 use onde_broker::{Broker, accounts, http, serve};
 use onde_wire::cluster::Cluster;
@@ -19,15 +22,17 @@ use tokio::signal::unix::{SignalKind, signal};
 use tracing_subscriber::EnvFilter;
 
 /// Sells tokens for a cluster's machines and keeps the ledger.
+///
+/// broker audit, broker backup and broker restore look after the ledger: see their --help.
 #[derive(Parser)]
 #[command(version)]
 struct Args {
     /// Address and port of the API, which is HTTPS
     #[arg(long, default_value = "127.0.0.1:8180", value_name = "ADDR:PORT")]
     listen: SocketAddr,
-    /// The ledger; made if it is not there
-    #[arg(long, value_name = "FILE")]
-    db: PathBuf,
+    /// The ledger: a file, made if it is not there, or a PostgreSQL database as postgres://...
+    #[arg(long, value_name = "FILE|URL", env = "DATABASE_URL", hide_env_values = true)]
+    db: String,
     /// The cluster's secret, network and prices
     #[arg(long, value_name = "FILE")]
     cluster: PathBuf,
@@ -71,9 +76,7 @@ fn start_log(format: LogFormat) {
 }
 
 fn main() -> ExitCode {
-    let args = Args::parse();
-    start_log(args.log);
-    match run(&args) {
+    match begin() {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("broker: {error:#}");
@@ -83,6 +86,17 @@ fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
+}
+
+/// Serves, or looks after the ledger where the first word says so.
+fn begin() -> Result<()> {
+    let first = std::env::args().nth(1);
+    if first.is_some_and(|first| command::WORDS.contains(&&*first)) {
+        return command::run(&command::Command::parse());
+    }
+    let args = Args::parse();
+    start_log(args.log);
+    run(&args)
 }
 
 fn hint(error: &anyhow::Error) -> Option<&'static str> {
@@ -111,7 +125,7 @@ fn run(args: &Args) -> Result<()> {
     let key = admin_key(&args.admin_key_file)
         .with_context(|| format!("the admin key file {}", args.admin_key_file.display()))?;
     let ledger = Ledger::open(&args.db)
-        .with_context(|| format!("opening the ledger {}", args.db.display()))?;
+        .with_context(|| format!("opening the ledger {}", shown(&args.db)))?;
     let broker = Arc::new(Broker::new(cluster, ledger, &key, Instant::now()));
     let poller = Poller::start(&broker)?;
     let runtime =

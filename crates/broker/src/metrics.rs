@@ -3,13 +3,13 @@
 
 use crate::Broker;
 use crate::refusal::Refusal;
+use crate::store::{StoreError, Tx, params};
 use prometheus_client::encoding::{EncodeLabelSet, text::encode};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
 use prometheus_client::metrics::gauge::Gauge;
 use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use prometheus_client::registry::Registry;
-use rusqlite::Connection;
 use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
@@ -107,19 +107,19 @@ struct Totals {
 }
 
 /// From the ledger and not from counters of this process: so they outlive it, and two brokers say the same.
-fn totals(tx: &Connection) -> Result<Totals, rusqlite::Error> {
-    let one = |sql| tx.query_row(sql, [], |row| row.get::<_, i64>(0));
-    let mut by = tx.prepare_cached(
-        "SELECT settled_by, count(*), sum(refund_micro) FROM jobs WHERE settled_by IS NOT NULL \
-         GROUP BY settled_by",
-    )?;
-    let settled = by.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?;
+fn totals(tx: &Tx<'_>) -> Result<Totals, StoreError> {
+    let one = |sql: &str| tx.value::<i64>(sql, params![]);
+    let settled = "SELECT settled_by, count(*), CAST(sum(refund_micro) AS BIGINT) FROM jobs \
+         WHERE settled_by IS NOT NULL GROUP BY settled_by";
+    let sold_micro = "SELECT CAST(coalesce(sum(sold * value_micro), 0) AS BIGINT) FROM jobs";
+    let balances = "SELECT CAST(coalesce(sum(balance_micro), 0) AS BIGINT) FROM books \
+         WHERE name LIKE 'customer:%'";
     Ok(Totals {
         open: one("SELECT count(*) FROM jobs WHERE settled_at IS NULL")?,
-        balances_micro: one("SELECT coalesce(sum(balance_micro), 0) FROM accounts")?,
-        settled: settled.collect::<Result<_, _>>()?,
+        balances_micro: one(balances)?,
+        settled: tx.rows(settled, params![], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?,
         sold: one("SELECT count(*) FROM jobs")?.unsigned_abs(),
-        sold_micro: one("SELECT coalesce(sum(sold * value_micro), 0) FROM jobs")?.unsigned_abs(),
+        sold_micro: one(sold_micro)?.unsigned_abs(),
     })
 }
 
@@ -127,7 +127,7 @@ impl Broker {
     /// All figures as Prometheus reads them.
     pub fn figures(&self, now: Instant) -> Result<String, Refusal> {
         let (metrics, begun) = (&self.metrics, Instant::now());
-        let totals = self.ledger.act(|tx| Ok(totals(tx)?))?;
+        let totals = self.ledger.read(|tx| Ok(totals(tx)?))?;
         metrics.store_seconds.observe(begun.elapsed().as_secs_f64());
         metrics.jobs_open.set(totals.open);
         metrics.balances_micro.set(totals.balances_micro);

@@ -41,6 +41,9 @@ pub enum Refusal {
     /// The boot token may still start a VM.
     #[error("the boot token may still be shown")]
     TokenLive,
+    /// An old backup was restored: the job may have sold more than the ledger knows.
+    #[error("the job sells no more: the broker's ledger was restored from an old backup")]
+    JobFrozen,
     /// The chain has no tokens left.
     #[error("the job cannot buy that many more tokens")]
     ChainSpent,
@@ -64,7 +67,7 @@ pub enum Refusal {
     NotReady(&'static str),
     /// The store failed; nothing was changed.
     #[error("the ledger failed")]
-    Ledger(#[from] rusqlite::Error),
+    Ledger(#[from] crate::store::StoreError),
 }
 
 impl Refusal {
@@ -94,6 +97,9 @@ impl Refusal {
             }
             Refusal::TokenLive => {
                 (409, "token_live", "unused, it is credited by itself soon after it expires")
+            }
+            Refusal::JobFrozen => {
+                (409, "job_frozen", "move to a new job; this one is settled by its certificate")
             }
             Refusal::ChainSpent => {
                 (409, "chain_spent", "move to a new job before this one's tokens end")

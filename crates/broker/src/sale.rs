@@ -2,22 +2,24 @@
 //! token is made and the answer is kept under its idempotency key, or nothing of this happens.
 
 use crate::Broker;
-use crate::accounts::{Reason, charge};
+use crate::accounts::balance;
+use crate::chains::{self, New};
 use crate::jobs::{self, JobRow};
+use crate::journal::{self, Act, Book, Reason, request_key, signed};
 use crate::ledger::unix_s;
 use crate::nodes::{Reserved, Seen};
 use crate::refusal::Refusal;
+use crate::store::{Tx, params};
 use onde_client::api::{
     Hex, JobOpened, JobRequest, NodeList, Payment, TOKENS_PER_JOB_MAX, TOKENS_PER_SALE_MAX,
     TokensRequest,
 };
-use onde_wire::chain;
+use onde_wire::chain::Value;
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::{Key, job_key, sha256};
 use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
 use onde_wire::plan;
 use onde_wire::token::{BootToken, JobId, NodeId};
-use rusqlite::{Connection, OptionalExtension, params};
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -43,29 +45,21 @@ fn check_shape(request: &JobRequest) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Value number `index` of a job's chain, from 1.
-fn chain_value(seed: &chain::Value, index: u32) -> chain::Value {
-    chain::walk(seed, TOKENS_PER_JOB_MAX - index)
-}
-
 /// What is sold on each node and was not seen used yet. A node holds somewhat more for a VM than its RAM: about what
 /// is added here. Where that is too little, the node refuses a boot token and its money comes back.
-fn reserved(tx: &Connection) -> Result<HashMap<NodeId, Reserved>, Refusal> {
-    let mut query = tx.prepare_cached(
-        "SELECT node_id, sum(mem_mib + mem_mib / 64 + 24), count(*) FROM jobs \
-         WHERE settled_at IS NULL AND booted = 0 GROUP BY node_id",
-    )?;
-    let rows = query.query_map([], |row| {
+fn reserved(tx: &Tx<'_>) -> Result<HashMap<NodeId, Reserved>, Refusal> {
+    let sql = "SELECT node_id, CAST(sum(mem_mib + mem_mib / 64 + 24) AS BIGINT), count(*) FROM jobs \
+         WHERE settled_at IS NULL AND booted = 0 GROUP BY node_id";
+    let rows = tx.rows(sql, params![], |row| {
         Ok((row.get(0)?, Reserved { mem_mib: row.get(1)?, slots: row.get(2)? }))
     })?;
-    Ok(rows.collect::<Result<_, _>>()?)
+    Ok(rows.into_iter().collect())
 }
 
 /// A guest address that no open job has. Goes round, so that an address rests long before it is used again.
-fn free_guest(tx: &Connection, guests_max: u32) -> Result<u32, Refusal> {
-    let last: Option<u32> = tx
-        .query_row("SELECT guest FROM jobs ORDER BY seq DESC LIMIT 1", [], |row| row.get(0))
-        .optional()?;
+fn free_guest(tx: &Tx<'_>, guests_max: u32) -> Result<u32, Refusal> {
+    let sql = "SELECT guest FROM jobs ORDER BY seq DESC LIMIT 1";
+    let last: Option<u32> = tx.row(sql, params![], |row| row.get(0))?;
     let next = last.map_or(0, |last| last + 1);
     for start in [next, 0] {
         let guest = free_guest_from(tx, start)?;
@@ -77,16 +71,12 @@ fn free_guest(tx: &Connection, guests_max: u32) -> Result<u32, Refusal> {
 }
 
 /// The first free index from `start` on: `start`, or the one behind the run of taken ones there.
-fn free_guest_from(tx: &Connection, start: u32) -> Result<u32, Refusal> {
-    let behind_the_run: Option<u32> = tx
-        .prepare_cached(
-            "SELECT a.guest + 1 FROM jobs a WHERE a.settled_at IS NULL AND a.guest >= ?1 \
-             AND EXISTS (SELECT 1 FROM jobs WHERE settled_at IS NULL AND guest = ?1) \
-             AND NOT EXISTS (SELECT 1 FROM jobs b WHERE b.settled_at IS NULL AND b.guest = a.guest + 1) \
-             ORDER BY a.guest LIMIT 1",
-        )?
-        .query_row([start], |row| row.get(0))
-        .optional()?;
+fn free_guest_from(tx: &Tx<'_>, start: u32) -> Result<u32, Refusal> {
+    let sql = "SELECT a.guest + 1 FROM jobs a WHERE a.settled_at IS NULL AND a.guest >= ?1 \
+         AND EXISTS (SELECT 1 FROM jobs WHERE settled_at IS NULL AND guest = ?1) \
+         AND NOT EXISTS (SELECT 1 FROM jobs b WHERE b.settled_at IS NULL AND b.guest = a.guest + 1) \
+         ORDER BY a.guest LIMIT 1";
+    let behind_the_run: Option<u32> = tx.row(sql, params![start], |row| row.get(0))?;
     Ok(behind_the_run.unwrap_or(start))
 }
 
@@ -98,7 +88,7 @@ impl Broker {
         limit: u32,
         now: Instant,
     ) -> Result<NodeList, Refusal> {
-        let reserved = self.ledger.act(reserved)?;
+        let reserved = self.ledger.read(reserved)?;
         let limit = limit as usize;
         let nodes = self.nodes().page(&self.cluster.plan, &reserved, after, limit, now);
         let next = nodes.last().filter(|_| nodes.len() == limit).map(|node| node.number);
@@ -113,23 +103,26 @@ impl Broker {
         now: Instant,
     ) -> Result<JobOpened, Refusal> {
         check_shape(request)?;
+        let new = self.stock.take();
         self.ledger.act_once(account, &request.idempotency_key, &("job", request), |tx| {
             let seen = self.nodes().choose(request, &reserved(tx)?, now)?;
             let guest = match request.moves {
                 Some(job) => moved_guest(tx, account, &job.0)?,
                 None => free_guest(tx, self.cluster.plan.guests_max())?,
             };
-            let mut job = new_job(account, request, &seen, guest, now);
-            charge(tx, account, job.paid_micro(), Reason::Boot, &job.id)?;
+            let mut job = new_job(account, request, &seen, guest, &new, now);
             job.insert(tx)?;
-            Ok(self.opened(&job, request))
+            journal::open(tx, Book::Job(&job.id))?;
+            let key = request_key(account, &request.idempotency_key);
+            charge(tx, &job, Reason::Boot, (1, job.sold), key)?;
+            Ok(self.opened(&job, request, new.anchor))
         })
     }
 
     /// The answer to a sale: the token itself, and the key that its owner speaks to the node with.
-    fn opened(&self, job: &JobRow, request: &JobRequest) -> JobOpened {
+    fn opened(&self, job: &JobRow, request: &JobRequest, anchor: Value) -> JobOpened {
         let node_key = self.node_key(&job.node_id);
-        let token = self.boot_token(job, request);
+        let token = self.boot_token(job, request, anchor);
         JobOpened {
             job: job.show(&self.cluster.plan),
             job_key: Hex(job_key(&node_key, &job.id)),
@@ -139,7 +132,7 @@ impl Broker {
         }
     }
 
-    fn boot_token(&self, job: &JobRow, request: &JobRequest) -> BootToken {
+    fn boot_token(&self, job: &JobRow, request: &JobRequest, anchor: Value) -> BootToken {
         let plan = &self.cluster.plan;
         let ipv4 = plan.guest(job.guest);
         let mut broker_key = [0; 8];
@@ -150,7 +143,7 @@ impl Broker {
             incarnation: job.incarnation,
             job: job.id,
             expiry_ms: job.expiry_ms,
-            anchor: chain_value(&job.seed, job.first_count),
+            anchor,
             value_micro: job.value_micro,
             first_count: job.first_count,
             loader_sha256: request.loader_sha256.0,
@@ -184,19 +177,18 @@ impl Broker {
                 if !job.is_open() {
                     return Err(Refusal::JobSettled);
                 }
-                if request.count > TOKENS_PER_JOB_MAX - job.sold {
-                    return Err(Refusal::ChainSpent);
+                if job.is_frozen {
+                    return Err(Refusal::JobFrozen);
                 }
+                let (value, left) = chains::sell(&job, request.count)?;
                 let index = job.sold + request.count;
-                charge(
-                    tx,
-                    account,
-                    u64::from(request.count) * job.value_micro,
-                    Reason::Tokens,
-                    id,
+                let key = request_key(account, &request.idempotency_key);
+                charge(tx, &job, Reason::Tokens, (job.sold + 1, index), key)?;
+                tx.execute(
+                    "UPDATE jobs SET sold = ?2, chain = ?3 WHERE id = ?1",
+                    params![id, index, left],
                 )?;
-                tx.execute("UPDATE jobs SET sold = ?2 WHERE id = ?1", params![id, index])?;
-                Ok(Payment { index, value: Hex(chain_value(&job.seed, index)) })
+                Ok(Payment { index, value: Hex(value) })
             },
         )
     }
@@ -207,13 +199,38 @@ impl Broker {
     }
 }
 
+/// Moves the price of a job's tokens `first` to `last` from its customer to the job.
+fn charge(
+    tx: &Tx<'_>,
+    job: &JobRow,
+    reason: Reason,
+    (first, last): (u32, u32),
+    key: String,
+) -> Result<(), Refusal> {
+    let need = u64::from(last - first + 1) * job.value_micro;
+    let have = balance(tx, &job.account)?;
+    if have < need {
+        return Err(Refusal::NoMoney { need, have });
+    }
+    let lines = [(Book::Customer(&job.account), -signed(need)), (Book::Job(&job.id), signed(need))];
+    let (job, tokens, at) = (Some(&job.id), Some((first, last)), unix_s());
+    journal::post(tx, &Act { reason, key, job, tokens, at, lines: &lines })
+}
+
 /// The address that a guest takes with it when it moves to a new job.
-fn moved_guest(tx: &Connection, account: &str, from: &JobId) -> Result<u32, Refusal> {
+fn moved_guest(tx: &Tx<'_>, account: &str, from: &JobId) -> Result<u32, Refusal> {
     let from = jobs::find_own(tx, account, from)?;
     if from.is_open() { Ok(from.guest) } else { Err(Refusal::JobSettled) }
 }
 
-fn new_job(account: &str, request: &JobRequest, seen: &Seen, guest: u32, now: Instant) -> JobRow {
+fn new_job(
+    account: &str,
+    request: &JobRequest,
+    seen: &Seen,
+    guest: u32,
+    new: &New,
+    now: Instant,
+) -> JobRow {
     JobRow {
         seq: 0,
         id: crate::random(),
@@ -228,7 +245,8 @@ fn new_job(account: &str, request: &JobRequest, seen: &Seen, guest: u32, now: In
         value_micro: TOKEN_MICRO,
         first_count: request.tokens,
         sold: request.tokens,
-        seed: crate::random(),
+        seed: [0; 32],
+        chain: Some(new.chain.emit()),
         expiry_ms: seen.uptime_ms(now).saturating_add(BOOT_TOKEN_LIFE_MS),
         booted: false,
         spent_micro: 0,
@@ -237,5 +255,6 @@ fn new_job(account: &str, request: &JobRequest, seen: &Seen, guest: u32, now: In
         settled_by: None,
         settled_at: None,
         refund_micro: 0,
+        is_frozen: false,
     }
 }

@@ -3,41 +3,48 @@
 //! STATUS it saw, in the customer's favour: what was not seen spent is given back.
 
 use crate::Broker;
-use crate::accounts::{Reason, credit};
 use crate::jobs::{self, JobRow, settled_word};
+use crate::journal::{self, Act, Book, Reason, settle_key, signed};
 use crate::ledger::{note, unix_s};
 use crate::refusal::Refusal;
+use crate::store::{Tx, params};
 use onde_client::api::{Job, SettledBy};
 use onde_wire::key::{Key, certificate_key};
 use onde_wire::packet::JobStatus;
 use onde_wire::token::{CERTIFICATE_SIZE, Certificate, JobId};
-use rusqlite::{Connection, params};
 
 /// Ends an open job with a refund; a settled one stays as it is.
 /// A job given up for its node's silence stays watched: if the node comes back, the VM is stopped there.
-fn settle(tx: &Connection, job: &JobRow, by: SettledBy, refund: u64) -> Result<(), Refusal> {
+fn settle(tx: &Tx<'_>, job: &JobRow, by: SettledBy, refund: u64) -> Result<(), Refusal> {
     if !job.is_open() {
         return Ok(());
     }
     let watched = by == SettledBy::NodeSilent;
     tx.execute(
-        "UPDATE jobs SET settled_by = ?2, settled_at = ?3, refund_micro = ?4, watched = ?5 WHERE id = ?1",
+        "UPDATE jobs SET settled_by = ?2, settled_at = ?3, refund_micro = ?4, watched = ?5, chain = NULL WHERE id = ?1",
         params![job.id, settled_word(by), unix_s(), refund, watched],
     )?;
-    credit(tx, &job.account, refund, Reason::Refund, Some(&job.id))?;
+    let (paid, back) = (signed(job.paid_micro()), signed(refund));
+    let lines = [
+        (Book::Job(&job.id), -paid),
+        (Book::Customer(&job.account), back),
+        (Book::Income, paid - back),
+    ];
+    let (reason, key, at) = (Reason::Refund, settle_key(&job.id), unix_s());
+    journal::post(tx, &Act { reason, key, job: Some(&job.id), tokens: None, at, lines: &lines })?;
     let text = format!("{}: {refund} of {} micro-tokens back", settled_word(by), job.paid_micro());
     note(tx, "job_settled", Some(&job.node_id), Some(&job.id), &text)?;
     Ok(())
 }
 
 /// Ends a job whose node can no longer certify anything.
-pub fn settle_lost(tx: &Connection, job: &JobRow, by: SettledBy) -> Result<(), Refusal> {
+pub fn settle_lost(tx: &Tx<'_>, job: &JobRow, by: SettledBy) -> Result<(), Refusal> {
     settle(tx, job, by, job.paid_micro().saturating_sub(job.spent_micro))
 }
 
 /// The node's answer to STATUS says no such job. `expired`: asked after the boot token's end, so that
 /// it can never start a VM any more.
-pub fn heard_gone(tx: &Connection, id: &JobId, expired: bool) -> Result<(), Refusal> {
+pub fn heard_gone(tx: &Tx<'_>, id: &JobId, expired: bool) -> Result<(), Refusal> {
     let job = jobs::find(tx, id)?;
     if job.booted {
         settle_lost(tx, &job, SettledBy::NodeRestarted)?;
@@ -49,21 +56,42 @@ pub fn heard_gone(tx: &Connection, id: &JobId, expired: bool) -> Result<(), Refu
     unwatch(tx, id)
 }
 
+/// A node was paid tokens that this ledger never sold: it is an old copy, put in place of a newer one. Which jobs it is
+/// behind with nobody can tell, so none of the open ones sells any more; their chains' next tokens may be out.
+fn freeze_if_old(tx: &Tx<'_>, id: &JobId, status: &JobStatus) -> Result<(), Refusal> {
+    let job = jobs::find(tx, id)?;
+    if status.last_index <= job.sold || job.is_frozen {
+        return Ok(());
+    }
+    let frozen = tx.execute("UPDATE jobs SET frozen = 1 WHERE settled_at IS NULL", &[])?;
+    let text = format!(
+        "token {} was shown, {} were sold: an old ledger is in use; {frozen} open jobs sell no more",
+        status.last_index, job.sold
+    );
+    tracing::error!("{text}");
+    Ok(note(tx, "ledger_is_old", Some(&job.node_id), Some(id), &text)?)
+}
+
 /// The node's answer to STATUS. What it charged never goes down, whatever order answers come in.
-pub fn heard_status(tx: &Connection, id: &JobId, status: &JobStatus) -> Result<(), Refusal> {
+pub fn heard_status(tx: &Tx<'_>, id: &JobId, status: &JobStatus) -> Result<(), Refusal> {
     use onde_wire::machine::Stage::{Ended, Purged, Stopped};
     let ended_at = matches!(status.stage, Ended | Stopped | Purged).then(unix_s);
+    freeze_if_old(tx, id, status)?;
     let spent = i64::try_from(status.spent_micro).unwrap_or(i64::MAX);
-    tx.prepare_cached(
-        "UPDATE jobs SET booted = 1, spent_micro = max(spent_micro, ?2), ended_at = coalesce(ended_at, ?3) \
+    tx.execute(
+        "UPDATE jobs SET booted = 1, ended_at = coalesce(ended_at, ?3), \
+         spent_micro = CASE WHEN spent_micro < ?2 THEN ?2 ELSE spent_micro END \
          WHERE id = ?1 AND settled_at IS NULL",
-    )?
-    .execute(params![id, spent, ended_at])?;
+        params![id, spent, ended_at],
+    )?;
     Ok(())
 }
 
-fn unwatch(tx: &Connection, id: &JobId) -> Result<(), Refusal> {
-    tx.execute("UPDATE jobs SET watched = 0 WHERE id = ?1 AND settled_at IS NOT NULL", [id])?;
+fn unwatch(tx: &Tx<'_>, id: &JobId) -> Result<(), Refusal> {
+    tx.execute(
+        "UPDATE jobs SET watched = 0 WHERE id = ?1 AND settled_at IS NOT NULL",
+        params![id],
+    )?;
     Ok(())
 }
 
@@ -85,7 +113,7 @@ impl Broker {
     /// Settles a job by its certificate, whoever brought it.
     pub fn settle_certified(
         &self,
-        tx: &Connection,
+        tx: &Tx<'_>,
         id: &JobId,
         bytes: &[u8; CERTIFICATE_SIZE],
     ) -> Result<(), Refusal> {
@@ -105,7 +133,7 @@ impl Broker {
     /// Gives a boot token back that was never shown. Its node has to confirm that, once the token is expired;
     /// the broker asks by itself, so this tells how it stands.
     pub fn cancel(&self, account: &str, id: &JobId) -> Result<Job, Refusal> {
-        let job = self.ledger.act(|tx| jobs::find_own(tx, account, id))?;
+        let job = self.ledger.read(|tx| jobs::find_own(tx, account, id))?;
         match (job.is_open(), job.booted) {
             (false, _) => Ok(job.show(&self.cluster.plan)),
             (true, true) => Err(Refusal::JobBooted),
@@ -124,8 +152,9 @@ fn refund(job: &JobRow, certificate: &Certificate) -> Result<u64, Refusal> {
     }
     let taken = u64::from(certificate.last_index) * job.value_micro;
     let adds_up = certificate.spent_micro.checked_add(certificate.unused_micro) == Some(taken);
-    if !adds_up || certificate.last_index > job.sold {
+    // A ledger restored from an old backup knows less than its node, and has taken less.
+    if !adds_up || (certificate.last_index > job.sold && !job.is_frozen) {
         return Err(Refusal::BadCertificate("does not add up"));
     }
-    Ok(certificate.unused_micro + (job.paid_micro() - taken))
+    Ok(job.paid_micro().saturating_sub(certificate.spent_micro))
 }

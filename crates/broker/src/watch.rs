@@ -7,10 +7,10 @@ use crate::ledger::{note, unix_s};
 use crate::nodes::Change;
 use crate::refusal::Refusal;
 use crate::settle::{heard_gone, heard_status, settle_lost};
+use crate::store::{Tx, params};
 use onde_client::api::SettledBy;
 use onde_wire::packet::{Hello, JobStatus, Op};
 use onde_wire::token::{CERTIFICATE_SIZE, Incarnation, JobId, NodeId};
-use rusqlite::Connection;
 use std::net::Ipv4Addr;
 use std::time::Instant;
 
@@ -58,7 +58,7 @@ impl Broker {
             return Ok(());
         }
         self.ledger.act(|tx| {
-            for (kind, hello) in changes {
+            for (kind, hello) in &changes {
                 let text = format!("node {}, {} MiB free", hello.number, hello.mem_mib_free);
                 note(tx, kind, Some(&hello.node), None, &text)?;
             }
@@ -80,7 +80,7 @@ impl Broker {
         heard.iter().filter_map(change).collect()
     }
 
-    fn hear_job(&self, tx: &Connection, heard: &Heard) -> Result<(), Refusal> {
+    fn hear_job(&self, tx: &Tx<'_>, heard: &Heard) -> Result<(), Refusal> {
         let done = match heard {
             Heard::Hello(_) => Ok(()),
             Heard::Status(job, status) => heard_status(tx, job, status),
@@ -100,6 +100,7 @@ impl Broker {
     /// so it catches up after any crash.
     pub fn tick(&self, now: Instant) -> Result<(), Refusal> {
         self.nodes().tick(now);
+        self.stock.add();
         self.ledger.act(|tx| {
             for (node, incarnation) in lives_with_open_jobs(tx)? {
                 if let Some(by) = self.is_lost(&node, &incarnation, now) {
@@ -123,7 +124,7 @@ impl Broker {
 
     /// The next jobs to ask about behind position `after`, and the position to go on from (0: all were asked).
     pub fn asks(&self, after: i64, now: Instant) -> Result<(Vec<Ask>, i64), Refusal> {
-        let jobs = self.ledger.act(|tx| jobs::watched(tx, after, ASKS_MAX))?;
+        let jobs = self.ledger.read(|tx| jobs::watched(tx, after, ASKS_MAX))?;
         let next = match jobs.last() {
             Some(last) if jobs.len() == ASKS_MAX as usize => last.seq,
             _ => 0,
@@ -147,16 +148,13 @@ impl Broker {
     }
 }
 
-fn lives_with_open_jobs(tx: &Connection) -> Result<Vec<(NodeId, Incarnation)>, Refusal> {
-    let mut query = tx.prepare_cached(
-        "SELECT DISTINCT node_id, incarnation FROM jobs WHERE settled_at IS NULL",
-    )?;
-    let rows = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?)))?;
-    Ok(rows.collect::<Result<_, _>>()?)
+fn lives_with_open_jobs(tx: &Tx<'_>) -> Result<Vec<(NodeId, Incarnation)>, Refusal> {
+    let sql = "SELECT DISTINCT node_id, incarnation FROM jobs WHERE settled_at IS NULL";
+    Ok(tx.rows(sql, params![], |row| Ok((row.get(0)?, row.get(1)?)))?)
 }
 
 fn settle_life(
-    tx: &Connection,
+    tx: &Tx<'_>,
     node: &NodeId,
     incarnation: &Incarnation,
     by: SettledBy,

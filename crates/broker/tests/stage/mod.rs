@@ -3,6 +3,8 @@
 
 #![allow(dead_code, reason = "each test program uses its part of this")]
 
+pub mod server;
+
 use onde_broker::ledger::Ledger;
 use onde_broker::watch::Heard;
 use onde_broker::{Broker, http, serve};
@@ -33,8 +35,25 @@ pub fn cluster() -> Cluster {
 }
 
 pub fn broker(dir: &Path, now: Instant) -> Arc<Broker> {
-    let ledger = Ledger::open(&dir.join("ledger.db")).expect("a ledger");
+    let ledger = Ledger::open(&place(dir)).expect("a ledger");
     Arc::new(Broker::new(cluster(), ledger, OPERATOR, now))
+}
+
+/// Whether this test program tries PostgreSQL: those whose names say so.
+pub const ON_POSTGRES: bool =
+    matches!(env!("CARGO_CRATE_NAME").as_bytes(), [.., b'g', b'r', b'e', b's']);
+
+/// Where the ledger of a directory is: a file in it, or a database that is noted in it, and made at first.
+pub fn place(dir: &Path) -> String {
+    if !ON_POSTGRES {
+        return dir.join("ledger.db").to_str().expect("UTF-8").into();
+    }
+    let note = dir.join("database");
+    std::fs::read_to_string(&note).unwrap_or_else(|_| {
+        let url = server::database();
+        std::fs::write(note, &url).expect("a note");
+        url
+    })
 }
 
 /// Serves until the process ends, without TLS and without a limit; gives the address.

@@ -1,0 +1,4 @@
+//! The suite of `api.rs` over PostgreSQL.
+
+#[path = "api.rs"]
+mod api;

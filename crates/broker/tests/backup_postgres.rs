@@ -1,0 +1,4 @@
+//! The tests of `backup.rs` over PostgreSQL.
+
+#[path = "backup.rs"]
+mod backup;
