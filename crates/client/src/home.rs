@@ -163,11 +163,15 @@ impl<E: Exchange, S: Shop> Home<E, S> {
 
     fn act(&mut self, deal: &Deal, mut status: JobStatus) -> Result<Standing, HomeError> {
         for _ in 0..ACTS_MAX {
-            let job = self.finish_purchase()?;
-            match release::next(deal, &status, &job) {
+            // Without the broker, what is at hand still goes to the node.
+            let finished = self.finish_purchase();
+            match release::next(deal, &status, &self.jobs.get(&self.id)?) {
                 Act::Hold => return Ok(Standing::Fine(status)),
-                Act::AtBudget => return Ok(Standing::AtBudget(status)),
-                Act::Buy(count) => self.order(count)?,
+                Act::AtBudget => return finished.map(|_| Standing::AtBudget(status)),
+                Act::Buy(count) => {
+                    finished?;
+                    self.order(count)?;
+                }
                 Act::Show(index) => {
                     self.show(index, &mut status)?;
                     return Ok(Standing::Paid(status, index));

@@ -74,7 +74,8 @@ pub fn serve(context: Option<&str>, until_idle: bool, report: &Report) -> Result
     raise_file_limit();
     loop {
         let Some(lock) = cluster.jobs.wallet(&cluster.name)? else {
-            let busy = || hinted("a wallet serves this context already", "onde wallet statement");
+            let busy =
+                || hinted("a wallet serves this context already", "onde ps --cost shows its jobs");
             return if until_idle { Ok(()) } else { Err(busy()) };
         };
         let mut wallet =

@@ -52,16 +52,18 @@ pub fn next(deal: &Deal, status: &JobStatus, job: &Job) -> Act {
     let wanted = u32::try_from(wanted).unwrap_or(u32::MAX).min(released.saturating_add(STEPS_MAX));
     let bought = job.bought().max(released);
     let is_due = held < release / 2 || status.stage == Stage::Low;
+    if is_due && bought > released {
+        return Act::Show(wanted.min(bought));
+    }
     if wanted <= bought {
-        return if is_due { Act::Show(wanted) } else { Act::Hold };
+        return Act::Hold;
     }
     let lot = rate.saturating_mul(BUY_S).div_ceil(value).max((wanted - bought).into());
     let lot = u32::try_from(lot).unwrap_or(STEPS_MAX).min(STEPS_MAX);
-    match (lot.min(job.budget.saturating_sub(job.sold)), bought - released, is_due) {
-        (0, 0, true) => Act::AtBudget,
-        (0, _, true) => Act::Show(bought),
-        (0, _, false) => Act::Hold,
-        (count, _, _) => Act::Buy(count),
+    match lot.min(job.budget.saturating_sub(job.sold)) {
+        0 if is_due => Act::AtBudget,
+        0 => Act::Hold,
+        count => Act::Buy(count),
     }
 }
 
@@ -93,6 +95,8 @@ mod tests {
         check(&at(100, 102), 102, 102, Act::Hold);
         check(&at(100, 101), 101, 101, Act::Buy(51));
         check(&at(100, 93), 93, 93, Act::Buy(51));
+        // What is at hand goes first: the broker may be away.
+        check(&at(100, 93), 95, 93, Act::Show(95));
         check(&at(1100, 951), 951, 951, Act::Buy(49));
         check(&at(1100, 940), 1000, 940, Act::Show(952));
         check(&at(1170, 996), 1000, 996, Act::Show(1000));

@@ -69,37 +69,20 @@ impl Image {
     /// Adds the host's file at `path` under the same path: the folders and symbolic links on the way are
     /// added as they are here, and a folder without what is in it. Returns where the file really is.
     pub fn bring(&mut self, path: &Path) -> Result<PathBuf> {
-        let mut rest: VecDeque<OsString> = names(path);
-        let mut at = PathBuf::from("/");
-        let mut links = 0;
-        while let Some(name) = rest.pop_front() {
-            if name == ".." {
-                at.pop();
-                continue;
-            }
-            let next = at.join(&name);
+        walk(path, |next| {
             let meta = next
                 .symlink_metadata()
                 .with_context(|| format!("cannot pack {}", next.display()))?;
             if !meta.is_symlink() {
-                self.bring_one(&next, &meta)?;
-                at = next;
-                continue;
+                self.bring_one(next, &meta)?;
+                return Ok(None);
             }
-            links += 1;
-            if links > LINKS_MAX {
-                bail!("too many symbolic links on the way to {}", path.display());
+            let target = std::fs::read_link(next)?;
+            if !self.has(next) {
+                self.link(next, &target)?;
             }
-            let target = std::fs::read_link(&next)?;
-            if !self.has(&next) {
-                self.link(&next, &target)?;
-            }
-            if target.is_absolute() {
-                at = PathBuf::from("/");
-            }
-            names(&target).into_iter().rev().for_each(|name| rest.push_front(name));
-        }
-        Ok(at)
+            Ok(Some(target))
+        })
     }
 
     fn bring_one(&mut self, path: &Path, meta: &std::fs::Metadata) -> Result<()> {
@@ -123,30 +106,10 @@ impl Image {
 
     /// The path with all links of the image followed.
     fn resolve(&self, path: &Path) -> Result<PathBuf> {
-        let mut rest = names(path);
-        let mut at = PathBuf::from("/");
-        let mut links = 0;
-        while let Some(name) = rest.pop_front() {
-            if name == ".." {
-                at.pop();
-                continue;
-            }
-            let next = at.join(&name);
-            let Some(Entry::Link(target)) = next.to_str().and_then(|next| self.entries.get(next))
-            else {
-                at = next;
-                continue;
-            };
-            links += 1;
-            if links > LINKS_MAX {
-                bail!("too many symbolic links on the way to {}", path.display());
-            }
-            if target.starts_with('/') {
-                at = PathBuf::from("/");
-            }
-            names(Path::new(target)).into_iter().rev().for_each(|name| rest.push_front(name));
-        }
-        Ok(at)
+        walk(path, |next| match next.to_str().and_then(|next| self.entries.get(next)) {
+            Some(Entry::Link(target)) => Ok(Some(target.into())),
+            _ => Ok(None),
+        })
     }
 
     fn add_if_new(&mut self, path: &Path, entry: Entry) -> Result<()> {
@@ -188,6 +151,31 @@ impl Image {
         }
         Ok(trailer(out)?)
     }
+}
+
+/// The path with all links on the way followed; `look` tells where each name leads that is a link.
+fn walk(path: &Path, mut look: impl FnMut(&Path) -> Result<Option<PathBuf>>) -> Result<PathBuf> {
+    let (mut rest, mut at, mut links) = (names(path), PathBuf::from("/"), 0);
+    while let Some(name) = rest.pop_front() {
+        if name == ".." {
+            at.pop();
+            continue;
+        }
+        let next = at.join(&name);
+        let Some(target) = look(&next)? else {
+            at = next;
+            continue;
+        };
+        links += 1;
+        if links > LINKS_MAX {
+            bail!("too many symbolic links on the way to {}", path.display());
+        }
+        if target.is_absolute() {
+            at = PathBuf::from("/");
+        }
+        names(&target).into_iter().rev().for_each(|name| rest.push_front(name));
+    }
+    Ok(at)
 }
 
 /// The names in a path, `..` included.
