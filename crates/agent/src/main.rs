@@ -14,6 +14,7 @@ mod guest;
 mod input;
 mod machine;
 mod network;
+mod pocket;
 mod program;
 mod pump;
 mod server;

@@ -17,6 +17,7 @@ use crate::copied::become_other;
 use crate::door::Door;
 use crate::guest::{power_off, set_clock};
 use crate::machine::{Devices, Machine};
+use crate::pocket::Pocket;
 use crate::program::{Cursor, Joined, Program, Step};
 use crate::snapshot::{self, Failed, Outcome, Sink};
 use crate::start::{NotStarted, start};
@@ -36,7 +37,9 @@ pub struct Guest {
     /// Who may have a session.
     pub door: Arc<Door>,
     /// Held while a snapshot is taken: the machine can track what is written for one only.
-    snapshot: Mutex<()>,
+    pub snapshot: Mutex<()>,
+    /// What the guest can pay with by itself.
+    pub pocket: Pocket,
 }
 
 impl Guest {
@@ -46,7 +49,7 @@ impl Guest {
         program: Result<Arc<Program>, NotStarted>,
         door: Arc<Door>,
     ) -> Self {
-        Self { children, program, door, snapshot: Mutex::new(()) }
+        Self { children, program, door, snapshot: Mutex::new(()), pocket: Pocket::default() }
     }
 }
 
@@ -74,6 +77,10 @@ pub fn serve<T>(guest: &Guest, channel: Channel, stranger: T) -> io::Result<()> 
     match frame {
         ClientFrame::Snapshot => return snapshot(guest, &mut writer),
         ClientFrame::Clock(unix_us) => return set_clock(unix_us),
+        ClientFrame::Purse(purse) => {
+            guest.pocket.fill(purse);
+            return Ok(());
+        }
         _ => {}
     }
     let opened = open(guest, frame);
@@ -205,7 +212,8 @@ impl Session {
             | ClientFrame::Exec(_)
             | ClientFrame::Detach
             | ClientFrame::Snapshot
-            | ClientFrame::Clock(_) => return None,
+            | ClientFrame::Clock(_)
+            | ClientFrame::Purse(_) => return None,
         }
         Some(())
     }

@@ -21,6 +21,7 @@ use judge::{Deal, Judge};
 use onde_wire::chain;
 use onde_wire::machine::Stage;
 use onde_wire::packet::JobStatus;
+use onde_wire::session::Purse;
 use onde_wire::token::{JobId, PaymentToken};
 use release::Act;
 use std::time::{Duration, Instant};
@@ -196,6 +197,37 @@ impl<E: Exchange, S: Shop> Home<E, S> {
         let index = status.last_index.saturating_add(count).min(job.bought());
         self.show(index, &mut status)?;
         Ok(status)
+    }
+
+    /// Tokens for the guest's purse, where it lacks some: beyond what the node has, and within the budget. The file counts
+    /// them as given; who cannot deliver them calls [`Home::purse_lost`].
+    pub fn purse(&mut self, status: &JobStatus) -> Result<Option<(Job, Purse)>, HomeError> {
+        let _turn = self.jobs.turn(&self.id)?;
+        let mut job = self.jobs.get(&self.id)?;
+        let shown = status.last_index.max(job.released);
+        let is_full = job.purse_last > shown.saturating_add(job.purse / 2);
+        if job.purse == 0 || job.distrust.is_some() || is_full {
+            return Ok(None);
+        }
+        let wanted = shown.saturating_add(job.purse).min(job.budget);
+        let missing = wanted.saturating_sub(job.bought()).min(job.budget.saturating_sub(job.sold));
+        if job.purchase.is_none() && missing > 0 {
+            self.order(missing.min(chain::STEPS_MAX))?;
+        }
+        job = self.finish_purchase()?;
+        let last = wanted.min(job.bought());
+        let Some(deal) = job.deal().filter(|_| last > shown.max(job.purse_last)) else {
+            return Ok(None);
+        };
+        let token = token(&job, last).ok_or(HomeError::NoToken(last))?;
+        job = self.jobs.update(&self.id, |job| job.purse_last = last)?;
+        Ok(Some((job, Purse { shown, last, lot: release::lot(&deal), value: token.value })))
+    }
+
+    /// The guest did not get its purse.
+    pub fn purse_lost(&mut self) -> Result<(), HomeError> {
+        self.jobs.update(&self.id, |job| job.purse_last = 0)?;
+        Ok(())
     }
 
     /// What was bought; a job from before price lists were kept gets its node's present one.

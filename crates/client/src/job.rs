@@ -107,6 +107,12 @@ pub struct Job {
     /// What shows that it makes progress.
     #[serde(default)]
     pub watch: Option<Watch>,
+    /// Payment tokens beyond the released ones that the guest has, to pay by itself.
+    #[serde(default)]
+    pub purse: u32,
+    /// Index of the last token that the guest was given.
+    #[serde(default)]
+    pub purse_last: u32,
     /// Why its node is not paid any more, where it was found cheating.
     #[serde(default)]
     pub distrust: Option<String>,
@@ -144,6 +150,8 @@ impl Job {
             exit: None,
             kept: false,
             watch: None,
+            purse: 0,
+            purse_last: 0,
             distrust: None,
             purchase: None,
             payments: Vec::new(),
@@ -453,6 +461,8 @@ pub(crate) mod tests {
             exit: None,
             kept: false,
             watch: None,
+            purse: 0,
+            purse_last: 0,
             distrust: None,
             purchase: None,
             payments: vec![Payment { index: 20, value: Hex([2; 32]) }],

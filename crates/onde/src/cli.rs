@@ -249,7 +249,14 @@ pub struct Run {
     /// Give it a terminal
     #[arg(short, long, conflicts_with = "detach")]
     pub tty: bool,
-    /// Print the job's id and go; a home node in the background pays
+    /// Leave so many tokens with the VM, which pays by itself while this machine is away
+    ///
+    /// They are within the budget, and renewed as they are used. A node can read what is in its VMs: one that cheats can
+    /// take them.
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(value_parser = clap::value_parser!(u32).range(0..=4096))]
+    pub purse: u32,
+    /// Print the job's id and go; a wallet in the background pays
     #[arg(short, long)]
     pub detach: bool,
     /// The program and its arguments
@@ -422,6 +429,7 @@ mod tests {
         check("onde wallet statement --days 7 --json", true);
         check("onde run --while true --progress-file f --progress-within 9 -- ls", true);
         check("onde run --progress-within 9 -- ls", false);
+        check("onde run --purse 60 -d -- ls", true);
     }
 
     #[test]

@@ -1,9 +1,16 @@
 //! The loop round a home node: a step each second, what it says to people, and when to give the VM up. `run` has
 //! it in a thread, the wallet in one for each job.
 
+use onde_client::bootstrap;
 use onde_client::home::{Home, HomeError, STEP_PERIOD, Standing};
+use onde_client::job::Job;
+use onde_client::session::frames::FrameWriter;
+use onde_wire::machine::Stage;
 use onde_wire::packet::{JobStatus, Status};
+use onde_wire::session::{ClientFrame, Purse};
+use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::progress::Progress;
@@ -36,18 +43,55 @@ pub fn run(
     report: &Report,
     dismissed: &Receiver<()>,
 ) -> Outcome {
-    let mut mood = Mood::default();
+    let (mut mood, mut courier) = (Mood::default(), Courier::default());
     loop {
         let missing = progress.missing();
         mood.miss_progress(missing.as_deref(), report);
-        if let Some(outcome) = mood.judge(home.step(missing.is_none()), report) {
+        let step = home.step(missing.is_none());
+        let is_paid_for = matches!(step, Ok(Standing::Fine(_) | Standing::Paid(..)));
+        let status = step.as_ref().ok().and_then(Standing::status).copied();
+        if let Some(outcome) = mood.judge(step, report) {
             return outcome;
+        }
+        if let Some(status) = status.filter(|status| is_paid_for && status.stage == Stage::Running)
+        {
+            // What fails here is tried again in a second, and the job is paid for as long as this process lives.
+            let _ = courier.call(home, &status);
         }
         match dismissed.recv_timeout(STEP_PERIOD) {
             Err(RecvTimeoutError::Timeout) => {}
             _ => return Outcome::Dismissed,
         }
     }
+}
+
+/// Brings the guest its purse, in a thread: a guest may be slow to answer, and its node is not to wait.
+#[derive(Default)]
+struct Courier {
+    away: Option<JoinHandle<io::Result<()>>>,
+}
+
+impl Courier {
+    fn call(&mut self, home: &mut Home, status: &JobStatus) -> Result<(), HomeError> {
+        if let Some(back) = self.away.take_if(|thread| thread.is_finished())
+            && !matches!(back.join(), Ok(Ok(())))
+        {
+            home.purse_lost()?;
+        }
+        if self.away.is_none()
+            && let Some((job, purse)) = home.purse(status)?
+        {
+            self.away = Some(std::thread::spawn(move || deliver(&job, purse)));
+        }
+        Ok(())
+    }
+}
+
+fn deliver(job: &Job, purse: Purse) -> io::Result<()> {
+    let channel = bootstrap::connect(&job.handle(), job.guest_ipv4, Duration::ZERO);
+    let mut writer = FrameWriter::new(channel.map_err(io::Error::other)?.writer);
+    writer.client(&ClientFrame::Purse(purse))?;
+    writer.flush()
 }
 
 /// What was noticed and told so far.

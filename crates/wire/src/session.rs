@@ -7,7 +7,7 @@
 //!  agent   STARTED or ERROR, then OUTPUT and ACCEPTED, at last EXITED
 //!  client  SNAPSHOT, and nothing more
 //!  agent   STREAM and ROUND, at last TAKEN; or ERROR
-//!  client  CLOCK, and nothing more; nothing is answered
+//!  client  CLOCK or PURSE, and nothing more; nothing is answered
 //! ```
 //! Output and input are numbered by byte, so that a client that lost its connection goes on where
 //! it was: OUTPUT's offset counts both streams of the program from its start, STDIN's offset counts what
@@ -161,6 +161,21 @@ pub enum ClientFrame<'a> {
     /// First frame: microseconds since 1970 by the client's clock, for a guest that slept in a file. One that is off by
     /// [`CLOCK_OFF_US`] or more is set.
     Clock(u64),
+    /// First frame: payment tokens that the guest may show by itself, in place of those it had.
+    Purse(Purse),
+}
+
+/// Payment tokens of the job's chain, for the guest to pay with while its customer is away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Purse {
+    /// Tokens that the node has seen.
+    pub shown: u32,
+    /// Index of the last token here.
+    pub last: u32,
+    /// How many to show at once.
+    pub lot: u32,
+    /// The last token; it gives all before it ([`crate::chain::walk`]).
+    pub value: crate::chain::Value,
 }
 
 /// A round of a snapshot: memory that was written meanwhile is sent again.
@@ -280,6 +295,7 @@ const ACK: u8 = 7;
 const DETACH: u8 = 8;
 const SNAPSHOT: u8 = 9;
 const CLOCK: u8 = 10;
+const PURSE: u8 = 13;
 const STARTED: u8 = 16;
 const OUTPUT: u8 = 17;
 const ACCEPTED: u8 = 18;
@@ -340,6 +356,10 @@ impl<'a> ClientFrame<'a> {
             Detach => frame(out, DETACH, &[]),
             Snapshot => frame(out, SNAPSHOT, &[]),
             Clock(unix_us) => frame(out, CLOCK, &[&unix_us.to_le_bytes()]),
+            ClientFrame::Purse(purse) => {
+                let [shown, last, lot] = [purse.shown, purse.last, purse.lot].map(u32::to_le_bytes);
+                frame(out, PURSE, &[&shown, &last, &lot, &purse.value])
+            }
         }
     }
 
@@ -365,6 +385,10 @@ impl<'a> ClientFrame<'a> {
             DETACH => ClientFrame::Detach,
             SNAPSHOT => ClientFrame::Snapshot,
             CLOCK => ClientFrame::Clock(r.u64()?),
+            PURSE => {
+                let (shown, last, lot, value) = (r.u32()?, r.u32()?, r.u32()?, r.array()?);
+                ClientFrame::Purse(Purse { shown, last, lot, value })
+            }
             _ => return None,
         };
         r.rest().is_empty().then_some(frame)
@@ -496,6 +520,15 @@ mod tests {
         check_client(Detach, b"\x08\0\0\0\0");
         check_client(Snapshot, b"\x09\0\0\0\0");
         check_client(Clock(258), b"\x0A\x08\0\0\0\x02\x01\0\0\0\0\0\0");
+        let purse = super::Purse {
+            shown: 1,
+            last: 258,
+            lot: 3,
+            value: *b"0123456789abcdef0123456789ABCDEF",
+        };
+        let golden =
+            b"\x0D\x2C\0\0\0\x01\0\0\0\x02\x01\0\0\x03\0\0\x000123456789abcdef0123456789ABCDEF";
+        check_client(ClientFrame::Purse(purse), golden);
     }
 
     #[test]

@@ -35,6 +35,12 @@ pub enum Act {
     AtBudget,
 }
 
+/// Tokens that a guest shows at once when it pays by itself: half a release.
+pub fn lot(deal: &Deal) -> u32 {
+    let micro = deal.busy_micro_per_s().saturating_mul(RELEASE_S / 2);
+    u32::try_from(micro.div_ceil(deal.value_micro.max(1))).unwrap_or(STEPS_MAX).clamp(1, STEPS_MAX)
+}
+
 /// The act that a job is due.
 pub fn next(deal: &Deal, status: &JobStatus, job: &Job) -> Act {
     if status.last_index < job.released {

@@ -20,7 +20,7 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 23] = [
+const CASES: [Case; 24] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
@@ -42,6 +42,7 @@ const CASES: [Case; 23] = [
     ("job_without_progress_is_not_paid", wallets::without_progress),
     ("budget_is_a_hard_stop", wallets::budget),
     ("killed_wallet_goes_on_where_it_was", wallets::killed),
+    ("guest_pays_by_itself_while_nobody_else_does", wallets::purse),
     ("node_lost_unused_tokens_come_back", failures::node_lost),
     ("broker_away_vm_goes_on", failures::broker_away),
 ];

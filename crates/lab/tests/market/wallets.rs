@@ -85,6 +85,31 @@ pub fn killed(world: &World) -> Result<()> {
     Ok(())
 }
 
+/// A guest with a purse outlives its wallet: it pays more than the node was ever given.
+pub fn purse(world: &World) -> Result<()> {
+    let order = ["--name", "own", "--tokens", "20", "--budget", "120", "--purse", "40"];
+    world.onde([&["run", "-d"], &order[..], &BUSY].concat())?;
+    // A release later the purse is long there.
+    wait("a release and a purse", || {
+        let job = job_file(world)?;
+        Ok(job["released"].as_u64() > Some(20) && job["purse_last"].as_u64() > Some(40))
+    })?;
+    let wallet = wallet(world)?;
+    kill_process(wallet, Signal::KILL)?;
+    let released = job_file(world)?["released"].as_u64().context("no number")?;
+    wait("the guest to pay", || {
+        let spent = state(world, "own")?.map_or(0, |row| row["spent_micro"].as_u64().unwrap_or(0));
+        Ok(spent > (released + 2) * TOKEN_MICRO)
+    })?;
+    stop(world, "own")
+}
+
+/// The newest job's file.
+fn job_file(world: &World) -> Result<serde_json::Value> {
+    let file = format!("state/onde/jobs/{}.json", world.newest_job()?.id);
+    Ok(serde_json::from_slice(&fs::read(world.file(&file))?)?)
+}
+
 /// A job's row in `onde ps`, where it is open.
 fn state(world: &World, name: &str) -> Result<Option<serde_json::Value>> {
     let rows: serde_json::Value = serde_json::from_str(&world.onde(["ps", "--json"])?)?;

@@ -1,5 +1,5 @@
-//! `onde boot`: a VM of the customer's own kernel. Prints the job's id; a home node in the background pays for
-//! it, or with `--follow` this process does and shows the console.
+//! `onde boot`: a VM of the customer's own kernel. Prints the job's id; the wallet in the background pays
+//! for it, or with `--follow` this process does and shows the console.
 
 use anyhow::{Context, Result};
 use onde_client::echo::Echo;

@@ -47,6 +47,7 @@ pub fn run(context: Option<&str>, run: &Run, report: &Report) -> Result<ExitCode
         has_agent: true,
     };
     let job = launch(&cluster, &run.order, &machine, &interrupt, report)?;
+    let job = cluster.jobs.update(&job.id.0, |job| job.purse = run.purse)?;
     if run.detach {
         interrupt.leave("the VM runs, and nothing pays for it");
         wallet::leave(&cluster, &job)?;
