@@ -67,8 +67,8 @@ pub fn killed(world: &World) -> Result<()> {
     // One more detached job brings a wallet back, which takes both.
     world.onde(["run", "-d", "--name", "short", "--", "/bin/true"])?;
     wait("the short job to be settled", || Ok(world.newest_job()?.settled_by.is_some()))?;
-    world.onde(["stop", "kept"])?;
     let wallet = self::wallet(world)?;
+    world.onde(["stop", "kept"])?;
     wait("the wallet to end with its last job", || Ok(!is_running(wallet)))?;
     let (job, short) = (world.broker.job(&id)?, world.newest_job()?);
     ensure!(job.sold <= 400, "{} tokens sold", job.sold);
