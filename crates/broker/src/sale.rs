@@ -11,7 +11,7 @@ use crate::nodes::{Reserved, Seen};
 use crate::refusal::Refusal;
 use crate::store::{Tx, params};
 use onde_client::api::{
-    Hex, JobOpened, JobRequest, NodeList, Payment, TOKENS_PER_JOB_MAX, TOKENS_PER_SALE_MAX,
+    Hex, JobOpened, JobRequest, NodeList, Payment, TOKENS_PER_BOOT_MAX, TOKENS_PER_SALE_MAX,
     TokensRequest,
 };
 use onde_wire::chain::Value;
@@ -39,7 +39,7 @@ fn check_shape(request: &JobRequest) -> Result<(), Refusal> {
     if request.disk_mib > DISK_MIB_MAX {
         return Err(Refusal::Invalid("disk_mib is at most 1048576"));
     }
-    if !(1..=TOKENS_PER_JOB_MAX).contains(&request.tokens) {
+    if !(1..=TOKENS_PER_BOOT_MAX).contains(&request.tokens) {
         return Err(Refusal::Invalid("tokens is 1 to 65536"));
     }
     Ok(())

@@ -29,8 +29,8 @@ use utoipa::ToSchema;
 
 /// Most payment tokens that one purchase may take: a PAY may not skip more of the chain.
 pub const TOKENS_PER_SALE_MAX: u32 = onde_wire::chain::STEPS_MAX;
-/// Payment tokens in a job's chain: the most that one job can ever buy, boot token included.
-pub const TOKENS_PER_JOB_MAX: u32 = 65_536;
+/// Most payment tokens in a boot token. A job can buy 2^20 more.
+pub const TOKENS_PER_BOOT_MAX: u32 = 65_536;
 /// Most characters of an idempotency key: room for a UUID or a digest in hex.
 pub const IDEMPOTENCY_KEY_MAX: usize = 64;
 /// Most characters of an account's name.

@@ -1,7 +1,7 @@
 //! The command line's words. Only definitions: `command` acts on them; `completions` and `man` print them.
 
 use clap::{Args, Parser, Subcommand};
-use onde_client::api::TOKENS_PER_JOB_MAX;
+use onde_client::api::TOKENS_PER_BOOT_MAX;
 use std::path::PathBuf;
 
 /// Drop a token in, get a virtual machine, take your change when you are done.
@@ -143,6 +143,13 @@ pub enum Command {
     /// Clusters this machine knows
     #[command(subcommand)]
     Context(Context),
+    /// The owner's broker: run it, or audit, back up and restore its ledger (see `onde broker audit --help`)
+    #[command(disable_help_flag = true)]
+    Broker {
+        /// What `broker` is to do
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        args: Vec<std::ffi::OsString>,
+    },
     /// Virtual metal: a whole cluster on this machine (see `onde lab --help`)
     #[command(disable_help_flag = true)]
     Lab {
@@ -216,7 +223,7 @@ pub struct Order {
     pub tokens: Option<u32>,
     /// Most that is ever bought, tokens [default: the first payment if that is given, else 600]
     #[arg(long, value_name = "N")]
-    #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(TOKENS_PER_JOB_MAX)))]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=i64::from(TOKENS_PER_BOOT_MAX)))]
     pub budget: Option<u32>,
     /// A name for the job
     #[arg(long)]

@@ -2,6 +2,7 @@
 
 mod account;
 mod boot;
+mod broker;
 mod console;
 mod context;
 mod docs;
@@ -61,6 +62,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         }
         Command::Account(account) => done(account::run(context, account, &report)),
         Command::Context(command) => done(context::run(command, &report)),
+        Command::Broker { args } => broker::run(&args),
         Command::Lab { args } => lab::run(&args, &report),
         Command::Completions { shell } => done(docs::completions(shell)),
         Command::Man { out } => done(docs::man(out.as_deref())),
