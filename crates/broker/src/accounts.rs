@@ -2,17 +2,19 @@
 //! Keys are random and kept as digests only; a key has 256 bits, so a plain digest is enough.
 
 use crate::Broker;
-use crate::journal::{self, Act, Book, Reason, request_key, signed};
+use crate::journal::{self, Act, Book, Reason, signed};
 use crate::ledger::unix_s;
+use crate::payments::Paid;
 use crate::refusal::Refusal;
-use crate::store::{StoreError, Tx, params};
+use crate::store::{Row, StoreError, Tx, params};
 use onde_client::api::{
     ACCOUNT_NAME_MAX, Account, AccountOpened, AccountRequest, CreditRequest, Credited, Entry, Hex,
+    KeyRequest, Revoked, Scope,
 };
 use onde_wire::key::sha256;
 
-/// Most micro-tokens in one credit: 10^9 tokens. Nine thousand of them still fit a balance of 63 bits.
-const CREDIT_MICRO_MAX: u64 = 1_000_000_000_000_000;
+/// Longest life of a key that ends, seconds: ten years.
+const KEY_LIFE_MAX_S: u64 = 10 * 366 * 24 * 3600;
 
 /// Digest of an API key.
 pub type KeyDigest = [u8; 32];
@@ -20,6 +22,11 @@ pub type KeyDigest = [u8; 32];
 /// A new random API key.
 pub fn new_key() -> String {
     format!("onde_{}", Hex(crate::random::<32>()))
+}
+
+/// 32 random bytes.
+pub fn random_key() -> [u8; 32] {
+    crate::random()
 }
 
 /// Micro-tokens in an account.
@@ -47,21 +54,55 @@ fn is_name(name: &str) -> bool {
     (1..=ACCOUNT_NAME_MAX).contains(&name.len()) && name.chars().all(allowed)
 }
 
-fn issue_key(tx: &Tx<'_>, name: &str) -> Result<AccountOpened, Refusal> {
-    let key = new_key();
+fn issue_key(tx: &Tx<'_>, name: &str, request: KeyRequest) -> Result<AccountOpened, Refusal> {
+    let (key, now) = (new_key(), unix_s());
+    let digest = sha256(key.as_bytes());
+    let scope = scope_word(request.scope);
+    let expires_at = request.expires_in_s.map(|life| now + life);
     tx.execute(
-        "INSERT INTO keys (digest, account, issued_at) VALUES (?1, ?2, ?3)",
-        params![sha256(key.as_bytes()), name, unix_s()],
+        "INSERT INTO keys (digest, account, issued_at, scope, expires_at) VALUES (?1, ?2, ?3, ?4, ?5)",
+        params![digest, name, now, scope, expires_at],
     )?;
-    Ok(AccountOpened { name: name.into(), key })
+    Ok(AccountOpened { name: name.into(), key, id: key_id(&digest) })
+}
+
+/// What names a key to whoever may not know it.
+fn key_id(digest: &KeyDigest) -> Hex<8> {
+    Hex(*digest.first_chunk().expect("a digest is longer"))
+}
+
+fn scope_word(scope: Scope) -> &'static str {
+    match scope {
+        Scope::Customer => "customer",
+        Scope::Reader => "reader",
+    }
 }
 
 impl Broker {
-    /// Whose key this is.
-    pub fn customer(&self, key: &KeyDigest) -> Result<String, Refusal> {
-        self.ledger.read(|tx| {
-            let sql = "SELECT account FROM keys WHERE digest = ?1";
-            tx.row(sql, params![key], |row| row.get(0))?.ok_or(Refusal::Unauthorized)
+    /// Whose key this is, if it is still good, and good for acts that change something where this one `writes`.
+    pub fn customer(&self, key: &KeyDigest, writes: bool) -> Result<String, Refusal> {
+        let found = self.ledger.read(|tx| {
+            let sql = "SELECT account, scope FROM keys \
+                 WHERE digest = ?1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > ?2)";
+            let read = |row: &Row| Ok((row.get::<String>(0)?, row.get::<String>(1)?));
+            Ok(tx.row(sql, params![key, unix_s()], read)?)
+        })?;
+        match found {
+            None => Err(Refusal::Unauthorized),
+            Some((_, scope)) if writes && scope != "customer" => Err(Refusal::ReadOnly),
+            Some((account, _)) => Ok(account),
+        }
+    }
+
+    /// Makes a key of the account, or any key if it is the operator who asks (`None`), worthless. Again: the same.
+    pub fn revoke_key(&self, account: Option<&str>, id: &Hex<8>) -> Result<Revoked, Refusal> {
+        self.ledger.act(|tx| {
+            let found = tx.execute(
+                "UPDATE keys SET revoked_at = coalesce(revoked_at, ?2) \
+                 WHERE substr(digest, 1, 8) = ?1 AND account = coalesce(?3, account)",
+                params![id.0, unix_s(), account],
+            )?;
+            if found == 0 { Err(Refusal::NotFound("key")) } else { Ok(Revoked { id: *id }) }
         })
     }
 
@@ -82,30 +123,32 @@ impl Broker {
                 0 => Err(Refusal::AccountExists),
                 _ => {
                     journal::open(tx, Book::Customer(name))?;
-                    issue_key(tx, name)
+                    issue_key(tx, name, KeyRequest::default())
                 }
             }
         })
     }
 
     /// One more key for an account.
-    pub fn add_key(&self, name: &str) -> Result<AccountOpened, Refusal> {
+    pub fn add_key(&self, name: &str, request: KeyRequest) -> Result<AccountOpened, Refusal> {
+        if !(1..=KEY_LIFE_MAX_S).contains(&request.expires_in_s.unwrap_or(1)) {
+            return Err(Refusal::Invalid("expires_in_s is 1 to 316224000"));
+        }
         self.ledger.act(|tx| {
             balance(tx, name)?;
-            issue_key(tx, name)
+            issue_key(tx, name, request)
         })
     }
 
-    /// Puts the operator's money into an account.
+    /// Puts money into an account that the operator was given.
     pub fn credit_account(&self, name: &str, request: &CreditRequest) -> Result<Credited, Refusal> {
-        if !(1..=CREDIT_MICRO_MAX).contains(&request.micro) {
-            return Err(Refusal::Invalid("a credit is 1 to 10^15 micro-tokens"));
-        }
-        // Scope "": no account has this name, so no customer can use up the operator's keys.
-        self.ledger.act_once("", &request.idempotency_key, &("credit", name, request), |tx| {
-            balance(tx, name)?;
-            credit(tx, name, request.micro, "operator", request_key("", &request.idempotency_key))?;
-            Ok(Credited { name: name.into(), balance_micro: balance(tx, name)? })
+        self.paid(&Paid {
+            through: "operator",
+            // No account has this name, so no customer can use up the operator's keys.
+            scope: "",
+            reference: &request.idempotency_key,
+            account: name,
+            micro: request.micro,
         })
     }
 

@@ -7,11 +7,11 @@ use crate::ledger;
 use crate::rate::{Rates, network};
 use crate::refusal::Refusal;
 use crate::serve::Peer;
-use axum::body::Body;
+use axum::body::{Body, Bytes};
 use axum::extract::{DefaultBodyLimit, FromRequestParts, MatchedPath, Path, Query, Request, State};
 use axum::http::header::{AUTHORIZATION, CONTENT_TYPE};
 use axum::http::request::Parts;
-use axum::http::{HeaderMap, HeaderValue, StatusCode};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::{Json, Router};
@@ -54,14 +54,15 @@ impl IntoResponse for Refusal {
     }
 }
 
-/// The digest of the key that a request came with.
-struct Bearer(KeyDigest);
+/// The digest of the key that a request came with, and whether the request would change something.
+struct Bearer(KeyDigest, bool);
 
 impl<S: Sync> FromRequestParts<S> for Bearer {
     type Rejection = Refusal;
 
     async fn from_request_parts(parts: &mut Parts, _: &S) -> Result<Self, Refusal> {
-        digest(&parts.headers).map(Self).ok_or(Refusal::Unauthorized)
+        let writes = parts.method != Method::GET;
+        digest(&parts.headers).map(|key| Self(key, writes)).ok_or(Refusal::Unauthorized)
     }
 }
 
@@ -83,7 +84,7 @@ async fn customer<T: Send + 'static>(
     key: Bearer,
     act: impl FnOnce(&Broker, &str) -> Result<T, Refusal> + Send + 'static,
 ) -> Answer<T> {
-    blocking(move || act(&broker, &broker.customer(&key.0)?)).await
+    blocking(move || act(&broker, &broker.customer(&key.0, key.1)?)).await
 }
 
 /// Runs `act` if the key is the operator's.
@@ -94,7 +95,7 @@ async fn operator<T: Send + 'static>(
 ) -> Answer<T> {
     blocking(move || {
         if !broker.is_operator(&key.0) {
-            broker.customer(&key.0)?;
+            broker.customer(&key.0, false)?;
             return Err(Refusal::NotOperator);
         }
         act(&broker)
@@ -225,9 +226,66 @@ async fn open_account(
 
 /// Issues one more key for an account (operator).
 #[utoipa::path(post, path = "/v1/accounts/{name}/keys", params(("name" = String, Path)),
+    request_body = KeyRequest,
     responses((status = 200, body = AccountOpened), (status = "4XX", body = Failure)))]
-async fn add_key(broker: Shared, key: Bearer, Path(name): Path<String>) -> Answer<AccountOpened> {
-    operator(broker, key, move |broker| broker.add_key(&name)).await
+async fn add_key(
+    broker: Shared,
+    key: Bearer,
+    Path(name): Path<String>,
+    Json(request): Json<KeyRequest>,
+) -> Answer<AccountOpened> {
+    operator(broker, key, move |broker| broker.add_key(&name, request)).await
+}
+
+/// Makes a key worthless: one of the caller's account, or any (operator).
+#[utoipa::path(delete, path = "/v1/keys/{id}", params(("id" = String, Path)),
+    responses((status = 200, body = Revoked), (status = "4XX", body = Failure)))]
+async fn revoke_key(State(broker): Shared, key: Bearer, Path(id): Path<Hex<8>>) -> Answer<Revoked> {
+    blocking(move || match broker.is_operator(&key.0) {
+        true => broker.revoke_key(None, &id),
+        false => broker.revoke_key(Some(&broker.customer(&key.0, key.1)?), &id),
+    })
+    .await
+}
+
+/// A shop system says that somebody paid. Needs no key: `Onde-Signature: t=SECONDS,v1=HEX` signs time and body.
+#[utoipa::path(post, path = "/v1/webhook", request_body = PaidRequest, security(()),
+    params(("Onde-Signature" = String, Header)),
+    responses((status = 200, body = Credited), (status = "4XX", body = Failure)))]
+async fn webhook(State(broker): Shared, headers: HeaderMap, body: Bytes) -> Answer<Credited> {
+    let signature = headers.get("onde-signature").and_then(|value| value.to_str().ok());
+    let signature = signature.unwrap_or_default().to_owned();
+    blocking(move || broker.webhook_paid(&signature, &body, ledger::unix_s())).await
+}
+
+/// Which page of a job's usage.
+#[derive(Clone, Copy, Debug, Deserialize, utoipa::IntoParams)]
+#[into_params(parameter_in = Query)]
+struct UsagePage {
+    /// Only what was seen later in the VM's life, milliseconds: the `next` of the page before.
+    after: Option<u64>,
+    /// Most rows; 100 if absent, at most 500.
+    limit: Option<u32>,
+}
+
+/// What a job used, as its node said each time it was asked.
+#[utoipa::path(get, path = "/v1/jobs/{id}/usage", params(("id" = String, Path), UsagePage),
+    responses((status = 200, body = Usage), (status = "4XX", body = Failure)))]
+async fn usage(
+    broker: Shared,
+    key: Bearer,
+    Path(id): Path<Hex<16>>,
+    Query(page): Query<UsagePage>,
+) -> Answer<Usage> {
+    let limit = page.limit.unwrap_or(PAGE_DEFAULT).clamp(1, PAGE_MAX);
+    customer(broker, key, move |broker, name| broker.usage(name, &id.0, page.after, limit)).await
+}
+
+/// A settled job's receipt, signed.
+#[utoipa::path(get, path = "/v1/jobs/{id}/receipt", params(("id" = String, Path)),
+    responses((status = 200, body = SignedReceipt), (status = "4XX", body = Failure)))]
+async fn receipt(broker: Shared, key: Bearer, Path(id): Path<Hex<16>>) -> Answer<SignedReceipt> {
+    customer(broker, key, move |broker, name| broker.receipt(name, &id.0)).await
 }
 
 /// Puts money into an account (operator).
@@ -315,6 +373,10 @@ fn routes() -> (Router<Arc<Broker>>, OpenApi) {
         .routes(routes!(add_key))
         .routes(routes!(credit))
         .routes(routes!(events))
+        .routes(routes!(revoke_key))
+        .routes(routes!(webhook))
+        .routes(routes!(usage))
+        .routes(routes!(receipt))
         .routes(routes!(healthz))
         .routes(routes!(readyz))
         .routes(routes!(metrics))

@@ -103,7 +103,7 @@ impl Ledger {
                 "UPDATE jobs SET watched = 0 WHERE watched = 1 AND settled_at < ?1",
                 params![before(WATCH_AGE_MAX_S)],
             )?;
-            Ok(())
+            Ok(crate::usage::prune(tx)?)
         })
     }
 }

@@ -7,7 +7,7 @@
 //! | `serve`, `tls`, `rate` | connections, the certificate, limits |
 //! | `http`, `metrics` | requests and answers, figures |
 //! | `audit`, `backup` | the proof that the books are right, and copies of them |
-//! | `accounts`, `sale`, `settle`, `jobs` | money and jobs |
+//! | `accounts`, `payments`, `sale`, `settle`, `jobs`, `usage` | money and jobs |
 //! | `ledger`, `journal`, `store` | what is kept: acts once, double entry, SQLite or PostgreSQL |
 //! | `chains`, `traversal` | long hash chains, kept as a few values |
 //! | `nodes`, `watch`, `poller` | what nodes say, what it means, how to ask |
@@ -24,6 +24,7 @@ pub mod journal;
 pub mod ledger;
 pub mod metrics;
 pub mod nodes;
+pub mod payments;
 pub mod poller;
 pub mod rate;
 pub mod refusal;
@@ -33,8 +34,10 @@ mod settle;
 pub mod store;
 pub mod tls;
 pub mod traversal;
+mod usage;
 pub mod watch;
 
+use ed25519_dalek::SigningKey;
 use ledger::Ledger;
 use nodes::Nodes;
 use onde_wire::cluster::Cluster;
@@ -51,12 +54,15 @@ pub struct Broker {
     stock: chains::Stock,
     operator: accounts::KeyDigest,
     metrics: metrics::Metrics,
+    webhook: Option<payments::Webhook>,
+    signer: SigningKey,
 }
 
 impl Broker {
     /// A broker for a cluster, over a store; `operator_key` is what the operator shows as API key.
     pub fn new(cluster: Cluster, ledger: Ledger, operator_key: &str, now: Instant) -> Self {
         let operator = sha256(operator_key.as_bytes());
+        let signer = SigningKey::from_bytes(&random());
         Self {
             cluster,
             ledger,
@@ -64,6 +70,8 @@ impl Broker {
             stock: Default::default(),
             operator,
             metrics: Default::default(),
+            webhook: None,
+            signer,
         }
     }
 

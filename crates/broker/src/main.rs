@@ -52,6 +52,9 @@ struct Args {
     /// Requests a second that one API key may make; an address may make four times as many. 0 for any number
     #[arg(long, value_name = "N", default_value_t = 100)]
     rate: u32,
+    /// The secret that a shop system signs its webhook with; made if it is not there [default: no webhook]
+    #[arg(long, value_name = "FILE")]
+    webhook_secret_file: Option<PathBuf>,
     /// How the log is written to standard error
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log: LogFormat,
@@ -122,11 +125,11 @@ fn run(args: &Args) -> Result<()> {
     let text = std::fs::read_to_string(&args.cluster)
         .with_context(|| format!("reading the cluster file {}", args.cluster.display()))?;
     let cluster = Cluster::parse(&text)?;
-    let key = admin_key(&args.admin_key_file)
+    let key = secret(&args.admin_key_file, accounts::new_key)
         .with_context(|| format!("the admin key file {}", args.admin_key_file.display()))?;
     let ledger = Ledger::open(&args.db)
         .with_context(|| format!("opening the ledger {}", shown(&args.db)))?;
-    let broker = Arc::new(Broker::new(cluster, ledger, &key, Instant::now()));
+    let broker = Arc::new(providers(args, Broker::new(cluster, ledger, &key, Instant::now()))?);
     let poller = Poller::start(&broker)?;
     let runtime =
         tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
@@ -134,6 +137,20 @@ fn run(args: &Args) -> Result<()> {
     poller.stop();
     tracing::info!("stopped");
     served
+}
+
+/// Gives the broker its secrets for receipts and the webhook, both made at the first start.
+fn providers(args: &Args, broker: Broker) -> Result<Broker> {
+    let file = args.admin_key_file.with_file_name("receipt.key");
+    let drawn = || onde_client::api::Hex(accounts::random_key()).to_string();
+    let key = secret(&file, drawn).with_context(|| format!("the key file {}", file.display()))?;
+    let key: onde_client::api::Hex<32> =
+        key.parse().with_context(|| format!("in {}", file.display()))?;
+    let broker = broker.signing_with(&key.0);
+    let Some(file) = &args.webhook_secret_file else { return Ok(broker) };
+    let key = secret(file, accounts::new_key)
+        .with_context(|| format!("the webhook's secret {}", file.display()))?;
+    Ok(broker.with_webhook(&key))
 }
 
 async fn serve(args: &Args, broker: Arc<Broker>) -> Result<()> {
@@ -170,11 +187,11 @@ fn identity(args: &Args) -> Result<Option<Identity>> {
     .map(Some)
 }
 
-/// The operator's key, drawn at the first start and readable by the broker's user alone.
-fn admin_key(path: &Path) -> Result<String> {
+/// A secret, drawn at the first start and readable by the broker's user alone.
+fn secret(path: &Path, draw: impl Fn() -> String) -> Result<String> {
     match std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path) {
         Ok(mut file) => {
-            let key = accounts::new_key();
+            let key = draw();
             file.write_all(format!("{key}\n").as_bytes())?;
             file.sync_all()?;
             Ok(key)

@@ -32,6 +32,15 @@ pub enum Refusal {
     /// There is an account of this name.
     #[error("there is an account of this name")]
     AccountExists,
+    /// The key may only read.
+    #[error("this key may only read")]
+    ReadOnly,
+    /// Not signed by who is to sign it.
+    #[error("the signature {0}")]
+    BadSignature(&'static str),
+    /// It has no receipt yet.
+    #[error("the job is not settled")]
+    JobOpen,
     /// Nothing can be bought for it any more.
     #[error("the job is settled")]
     JobSettled,
@@ -82,6 +91,13 @@ impl Refusal {
             Refusal::NotOperator => {
                 (403, "not_operator", "use the key in the broker's admin key file")
             }
+            Refusal::ReadOnly => (403, "read_only", "use a key of the account with scope customer"),
+            Refusal::BadSignature(_) => (
+                401,
+                "bad_signature",
+                "Onde-Signature is t=SECONDS,v1=HEX, of HMAC-SHA256(secret, SECONDS + `.` + body)",
+            ),
+            Refusal::JobOpen => (409, "job_open", "stop it first"),
             Refusal::NoMoney { .. } => (402, "no_money", "ask the operator to credit your account"),
             Refusal::NotFound(_) => (404, "not_found", ""),
             Refusal::Invalid(_) => (422, "invalid", "see /openapi.json for the limits"),

@@ -10,6 +10,7 @@ use crate::ledger::unix_s;
 use crate::nodes::{Reserved, Seen};
 use crate::refusal::Refusal;
 use crate::store::{Tx, params};
+use crate::usage::note_prices;
 use onde_client::api::{
     Hex, JobOpened, JobRequest, NodeList, Payment, TOKENS_PER_BOOT_MAX, TOKENS_PER_SALE_MAX,
     TokensRequest,
@@ -112,6 +113,7 @@ impl Broker {
             };
             let mut job = new_job(account, request, &seen, guest, &new, now);
             job.insert(tx)?;
+            note_prices(tx, &job.id, &seen.hello.prices)?;
             journal::open(tx, Book::Job(&job.id))?;
             let key = request_key(account, &request.idempotency_key);
             charge(tx, &job, Reason::Boot, (1, job.sold), key)?;

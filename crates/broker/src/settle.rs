@@ -8,6 +8,7 @@ use crate::journal::{self, Act, Book, Reason, settle_key, signed};
 use crate::ledger::{note, unix_s};
 use crate::refusal::Refusal;
 use crate::store::{Tx, params};
+use crate::usage::note_sample;
 use onde_client::api::{Job, SettledBy};
 use onde_wire::key::{Key, certificate_key};
 use onde_wire::packet::JobStatus;
@@ -77,6 +78,7 @@ pub fn heard_status(tx: &Tx<'_>, id: &JobId, status: &JobStatus) -> Result<(), R
     use onde_wire::machine::Stage::{Ended, Purged, Stopped};
     let ended_at = matches!(status.stage, Ended | Stopped | Purged).then(unix_s);
     freeze_if_old(tx, id, status)?;
+    note_sample(tx, id, status)?;
     let spent = i64::try_from(status.spent_micro).unwrap_or(i64::MAX);
     tx.execute(
         "UPDATE jobs SET booted = 1, ended_at = coalesce(ended_at, ?3), \

@@ -421,7 +421,7 @@ fn describes_itself() {
     let stranger = Caller::new(&stage.operator.url, "");
     let document: serde_json::Value = stranger.get("/openapi.json");
     let paths = document["paths"].as_object().expect("paths");
-    assert_eq!(paths.len(), 14, "{:?}", paths.keys());
+    assert_eq!(paths.len(), 18, "{:?}", paths.keys());
     assert!(document["components"]["schemas"]["JobRequest"]["properties"]["mem_mib"].is_object());
     assert_eq!(stranger.get::<serde_json::Value>("/healthz"), serde_json::json!({}));
     let (dir, a_minute_ago) = (Dir::new(), Instant::now() - Duration::from_secs(60));

@@ -15,10 +15,15 @@
 //! | POST /v1/jobs/{id}/redeem [`RedeemRequest`] | [`Job`], settled |
 //! | POST /v1/jobs/{id}/cancel | [`Job`], settled |
 //! | POST /v1/accounts [`AccountRequest`] (operator) | [`AccountOpened`] |
-//! | POST /v1/accounts/{name}/keys (operator) | [`AccountOpened`] with one more key |
+//! | GET /v1/jobs/{id}/usage ?after=MS&limit=N | [`Usage`] |
+//! | GET /v1/jobs/{id}/receipt | [`SignedReceipt`] |
+//! | POST /v1/accounts/{name}/keys [`KeyRequest`] (operator) | [`AccountOpened`] with one more key |
+//! | DELETE /v1/keys/{id} | [`Revoked`] |
+//! | POST /v1/webhook [`PaidRequest`] (signed, no key) | [`Credited`] |
 //! | POST /v1/accounts/{name}/credit [`CreditRequest`] (operator) | [`Credited`] |
 //! | GET /v1/events ?before=ID&limit=N (operator) | [`EventList`] |
-//! | GET /healthz, GET /openapi.json (no key) | |
+//! | GET /metrics (operator) | figures for Prometheus |
+//! | GET /healthz, /readyz, /openapi.json (no key) | |
 
 use serde::de::Error as _;
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -99,6 +104,7 @@ pub struct Failure {
 /// Micro-tokens a unit, as the node told (see [`onde_wire::packet::Prices`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields)]
 pub struct Prices {
     /// A second of one vCPU's time, as used.
     pub vcpu_s: u64,
@@ -376,6 +382,159 @@ pub struct AccountOpened {
     pub name: String,
     /// Its API key. The broker keeps only a digest: this answer is the one chance to note it.
     pub key: String,
+    /// What names the key where it is to be revoked.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub id: Hex<8>,
+}
+
+/// What a key is good for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(rename_all = "snake_case")]
+pub enum Scope {
+    /// All that the account's owner may do.
+    #[default]
+    Customer,
+    /// Reading: what the account has, and its jobs.
+    Reader,
+}
+
+/// Issues a key (operator).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct KeyRequest {
+    /// What it is good for.
+    #[serde(default)]
+    pub scope: Scope,
+    /// Seconds until it ends by itself; absent: never.
+    #[serde(default)]
+    pub expires_in_s: Option<u64>,
+}
+
+/// A key that is worthless now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct Revoked {
+    /// Which.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub id: Hex<8>,
+}
+
+/// A shop system says that somebody paid.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct PaidRequest {
+    /// The shop's own number for the payment, at most 64 characters: credited once, however often it is sent.
+    pub reference: String,
+    /// The account.
+    pub account: String,
+    /// Micro-tokens; at least 1.
+    pub micro: u64,
+}
+
+/// What a node said of a job's meters. All grow only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Sample {
+    /// Seconds since 1970 at which the broker heard it.
+    pub at: u64,
+    /// Milliseconds since the VM was started.
+    pub age_ms: u64,
+    /// Micro-tokens charged so far.
+    pub spent_micro: u64,
+    /// Payment tokens taken so far.
+    pub last_index: u32,
+    /// Microseconds of processor time.
+    pub cpu_us: u64,
+    /// MiB-milliseconds of memory held.
+    pub mem_mib_ms: u64,
+    /// Bytes sent.
+    pub sent_bytes: u64,
+    /// MiB-milliseconds of disk held.
+    pub disk_mib_ms: u64,
+}
+
+/// A page of what a job used, oldest first. A day later one sample a minute is left of it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct Usage {
+    /// The job.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub job: Hex<16>,
+    /// Number of its node.
+    pub node: u32,
+    /// Micro-tokens that each of its payment tokens is worth.
+    pub value_micro: u64,
+    /// What its node charges, fixed when the job was sold.
+    pub prices: Option<Prices>,
+    /// What was seen.
+    pub samples: Vec<Sample>,
+    /// Where there are more: the `after` of the next page.
+    pub next: Option<u64>,
+}
+
+/// What a settled job was, used and cost.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Receipt {
+    /// [`crate::receipt::RECEIPT_VERSION`].
+    pub version: u32,
+    /// The job.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub job: Hex<16>,
+    /// Whose it was.
+    pub account: String,
+    /// Number of its node.
+    pub node: u32,
+    /// Id of its node.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub node_id: Hex<16>,
+    /// Incarnation of its node.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub incarnation: Hex<16>,
+    /// Memory, MiB.
+    pub mem_mib: u32,
+    /// Number of vCPUs.
+    pub vcpus: u16,
+    /// Disk, MiB.
+    pub disk_mib: u32,
+    /// What its node charged.
+    pub prices: Option<Prices>,
+    /// Seconds since 1970 at which it was opened.
+    pub opened_at: u64,
+    /// Seconds since 1970 at which it was settled.
+    pub settled_at: u64,
+    /// How.
+    pub settled_by: SettledBy,
+    /// Micro-tokens that each payment token was worth.
+    pub value_micro: u64,
+    /// Payment tokens sold.
+    pub sold: u32,
+    /// Micro-tokens paid.
+    pub paid_micro: u64,
+    /// Micro-tokens given back.
+    pub refund_micro: u64,
+    /// The last that the broker saw of its meters.
+    pub last: Option<Sample>,
+}
+
+/// A receipt with the broker's signature.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct SignedReceipt {
+    /// What is signed.
+    pub receipt: Receipt,
+    /// The broker's public key (Ed25519).
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub key: Hex<32>,
+    /// The signature: see [`crate::receipt`].
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub signature: Hex<64>,
 }
 
 /// Puts money into an account (operator).

@@ -5,7 +5,8 @@
 
 use crate::api::{
     Account, AccountOpened, AccountRequest, CreditRequest, Credited, Failure, Hex, Job, JobList,
-    JobOpened, JobRequest, Node, NodeList, PAGE_MAX, Payment, RedeemRequest, TokensRequest,
+    JobOpened, JobRequest, KeyRequest, Node, NodeList, PAGE_MAX, Payment, RedeemRequest, Revoked,
+    SignedReceipt, TokensRequest, Usage,
 };
 use onde_wire::token::{CERTIFICATE_SIZE, JobId};
 use serde::Serialize;
@@ -201,8 +202,38 @@ impl Broker {
     }
 
     /// Makes one more key of an account (operator's key).
-    pub fn new_account_key(&self, name: &str) -> Result<AccountOpened, BrokerError> {
-        self.post(&format!("/v1/accounts/{name}/keys"), &())
+    pub fn new_account_key(
+        &self,
+        name: &str,
+        request: &KeyRequest,
+    ) -> Result<AccountOpened, BrokerError> {
+        self.post(&format!("/v1/accounts/{name}/keys"), request)
+    }
+
+    /// Makes a key worthless: one of the caller's account, or any (operator's key).
+    pub fn revoke_key(&self, id: &Hex<8>) -> Result<Revoked, BrokerError> {
+        let path = format!("/v1/keys/{id}");
+        self.call(|url, key| self.agent.delete(url).header("Authorization", key).call())(&path)
+    }
+
+    /// All that the broker saw a job use.
+    pub fn usage(&self, job: &JobId) -> Result<Usage, BrokerError> {
+        let page = |after: &str| {
+            self.get(&format!("/v1/jobs/{}/usage?limit={PAGE_MAX}{after}", Hex(*job)))
+        };
+        let mut usage: Usage = page("")?;
+        // Ends: every page starts later in the VM's life.
+        while let Some(next) = usage.next {
+            let more: Usage = page(&format!("&after={next}"))?;
+            usage.samples.extend(more.samples);
+            usage.next = more.next;
+        }
+        Ok(usage)
+    }
+
+    /// A settled job's receipt.
+    pub fn receipt(&self, job: &JobId) -> Result<SignedReceipt, BrokerError> {
+        self.get(&format!("/v1/jobs/{}/receipt", Hex(*job)))
     }
 
     /// Puts money into an account (operator's key).

@@ -14,6 +14,7 @@ pub mod kernel;
 pub mod layout;
 pub mod migration;
 pub mod node;
+pub mod receipt;
 pub mod session;
 pub mod snapshot;
 pub mod stream;

@@ -134,6 +134,20 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Show what a job used, and what each meter charged
+    Usage {
+        #[command(flatten)]
+        job: JobName,
+        /// One line for each time that the broker looked, as CSV
+        #[arg(long)]
+        csv: bool,
+        /// The same as JSON
+        #[arg(long, conflicts_with = "csv")]
+        json: bool,
+    },
+    /// Receipts of settled jobs
+    #[command(subcommand)]
+    Receipt(Receipt),
     /// Nodes
     #[command(subcommand)]
     Node(Node),
@@ -319,6 +333,23 @@ pub enum Node {
 }
 
 #[derive(Debug, Subcommand)]
+pub enum Receipt {
+    /// Print a settled job's receipt, signed by the broker
+    Get {
+        #[command(flatten)]
+        job: JobName,
+    },
+    /// Check a receipt, without asking anybody
+    Verify {
+        /// The receipt
+        file: PathBuf,
+        /// The broker's key [default: any that a context of yours knows]
+        #[arg(long, value_name = "ed25519:HEX")]
+        key: Option<String>,
+    },
+}
+
+#[derive(Debug, Subcommand)]
 pub enum Account {
     /// Show your balance and what moved it
     Show {
@@ -347,6 +378,27 @@ pub enum Account {
     Open {
         /// Its name
         name: String,
+        #[command(flatten)]
+        operator: Operator,
+    },
+    /// Make one more key of an account, and print it (operator)
+    Key {
+        /// The account's name
+        name: String,
+        /// It can look, and neither buy nor stop
+        #[arg(long)]
+        read_only: bool,
+        /// It ends after so many days [default: never]
+        #[arg(long, value_name = "N")]
+        #[arg(value_parser = clap::value_parser!(u64).range(1..=3650))]
+        days: Option<u64>,
+        #[command(flatten)]
+        operator: Operator,
+    },
+    /// Make a key worthless (operator)
+    Revoke {
+        /// The key's id, as it was told when the key was made
+        id: String,
         #[command(flatten)]
         operator: Operator,
     },
@@ -426,6 +478,10 @@ mod tests {
         check("onde lab --help", true);
         check("onde node run --interface eth0 --cluster c", true);
         check("onde account use K --broker https://b:1 --pin sha256:00 --context prod", true);
+        check("onde account key a --read-only --days 30", true);
+        check("onde usage a1 --csv", true);
+        check("onde usage a1 --csv --json", false);
+        check("onde receipt verify f --key ed25519:00", true);
         check("onde account use K", true);
         check("onde account use K --pin sha256:00", false);
         check("onde ps --all --json -q", true);

@@ -11,10 +11,12 @@ mod lab;
 mod node;
 mod price;
 mod ps;
+mod receipt;
 mod run;
 mod session;
 mod snapshot;
 mod statement;
+mod usage;
 mod wake;
 
 use anyhow::Result;
@@ -60,6 +62,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Node(Node::Run { interface, cluster, node }) => {
             node::run(&interface, &cluster, node)
         }
+        Command::Usage { job, csv, json } => done(usage::run(&job.job, csv, json)),
+        Command::Receipt(receipt) => done(receipt::run(receipt, &report)),
         Command::Account(account) => done(account::run(context, account, &report)),
         Command::Context(command) => done(context::run(command, &report)),
         Command::Broker { args } => broker::run(&args),

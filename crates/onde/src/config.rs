@@ -34,6 +34,9 @@ pub struct Config {
     /// All contexts by name.
     #[serde(default)]
     pub contexts: BTreeMap<String, Context>,
+    /// What the broker of a context signs receipts with, by the context's name.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub receipt_keys: BTreeMap<String, String>,
 }
 
 impl Config {
@@ -124,8 +127,8 @@ mod tests {
             key: "K".to_owned(),
             lab: Some("/tmp/lab".into()),
         };
-        let config =
-            Config { current: Some("lab".to_owned()), contexts: [("lab".to_owned(), lab)].into() };
+        let contexts = [("lab".to_owned(), lab)].into();
+        let config = Config { current: Some("lab".to_owned()), contexts, ..Config::default() };
         config.write(&file).unwrap();
         assert_eq!(Config::read(&file).unwrap(), config);
         assert_eq!(fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o600);

@@ -26,6 +26,7 @@ use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{Connector as _, TcpConnector};
 
 pub const OPERATOR: &str = "onde_0123456789012345678901234567890123456789";
+pub const WEBHOOK: &str = "what a shop and its broker know";
 pub const SECRET: [u8; 32] = [0x5e; 32];
 pub const TOKEN: u64 = onde_wire::cluster::TOKEN_MICRO;
 
@@ -36,7 +37,7 @@ pub fn cluster() -> Cluster {
 
 pub fn broker(dir: &Path, now: Instant) -> Arc<Broker> {
     let ledger = Ledger::open(&place(dir)).expect("a ledger");
-    Arc::new(Broker::new(cluster(), ledger, OPERATOR, now))
+    Arc::new(Broker::new(cluster(), ledger, OPERATOR, now).with_webhook(WEBHOOK))
 }
 
 /// Whether this test program tries PostgreSQL: those whose names say so.

@@ -1,7 +1,7 @@
 //! `onde account`: what a user has with the broker, and the operator's acts on accounts.
 
 use anyhow::{Context as _, Result};
-use onde_client::api::CreditRequest;
+use onde_client::api::{CreditRequest, Hex, KeyRequest, Scope};
 use onde_client::broker::{Broker, new_key};
 use onde_wire::cluster::TOKEN_MICRO;
 
@@ -27,6 +27,22 @@ pub fn run(context: Option<&str>, account: Account, report: &Report) -> Result<(
             let opened = broker(context, &operator)?.open_account(&name)?;
             report.line(&format!("opened account {}; this key is shown once:", opened.name));
             print(&format!("{}\n", opened.key))
+        }
+        Account::Key { name, read_only, days, operator } => {
+            let scope = if read_only { Scope::Reader } else { Scope::Customer };
+            let request = KeyRequest { scope, expires_in_s: days.map(|days| days * 86_400) };
+            let opened = broker(context, &operator)?.new_account_key(&name, &request)?;
+            let id = opened.id;
+            report.line(&format!("key {id} of account {name}; it is shown once:"));
+            print(&format!("{}\n", opened.key))
+        }
+        Account::Revoke { id, operator } => {
+            let id = id.parse::<Hex<8>>().map_err(|_| {
+                hinted(format!("`{id}` is no key's id"), "16 hex digits, told when it was made")
+            })?;
+            let revoked = broker(context, &operator)?.revoke_key(&id)?;
+            report.line(&format!("key {} is worthless now", revoked.id));
+            Ok(())
         }
         Account::Credit { name, tokens: count, operator } => {
             let micro = count.checked_mul(TOKEN_MICRO).context("that many tokens do not exist")?;

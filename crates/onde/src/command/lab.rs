@@ -2,7 +2,7 @@
 //! money. Everything about the lab itself is in `onde_lab`.
 
 use anyhow::{Context as _, Result};
-use onde_client::api::CreditRequest;
+use onde_client::api::{CreditRequest, KeyRequest};
 use onde_client::broker::{Broker, BrokerError, new_key};
 use onde_lab::Lab;
 use onde_wire::cluster::TOKEN_MICRO;
@@ -97,7 +97,7 @@ fn open_account(url: &str, admin_key: &Path) -> Result<String> {
     let operator = Broker::new(url, key.trim())?;
     let opened = match operator.open_account(NAME) {
         Err(BrokerError::Refused(failure)) if failure.error == "account_exists" => {
-            return Ok(operator.new_account_key(NAME)?.key);
+            return Ok(operator.new_account_key(NAME, &KeyRequest::default())?.key);
         }
         opened => opened?,
     };
