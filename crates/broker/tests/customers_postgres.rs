@@ -1,0 +1,4 @@
+//! The tests of `customers.rs` over PostgreSQL.
+
+#[path = "customers.rs"]
+mod customers;
