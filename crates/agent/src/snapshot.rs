@@ -272,4 +272,6 @@ fn runs(pages: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> {
 }
 
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;

@@ -7,9 +7,9 @@ use onde_wire::machine::{COLD_SIZE, Identity};
 use onde_wire::stream::{Checker, HEAD_SIZE, Kind};
 use std::collections::BTreeSet;
 
-const PAGES: u64 = 600;
-const START: Start = Start { job: [1; 16], mem_bytes: PAGES * PAGE_SIZE, vcpus: 1 };
-const STATE: [u8; COLD_SIZE] = [0xA5; COLD_SIZE];
+pub const PAGES: u64 = 600;
+pub const START: Start = Start { job: [1; 16], mem_bytes: PAGES * PAGE_SIZE, vcpus: 1 };
+pub const STATE: [u8; COLD_SIZE] = [0xA5; COLD_SIZE];
 
 /// How a machine behaves.
 #[derive(Clone, Copy, Debug)]
@@ -178,23 +178,26 @@ impl Machine for Fake {
     }
 
     fn identity(&mut self) -> io::Result<Identity> {
-        let page = [0; onde_wire::machine::INFO_SIZE];
-        let mut blank = page;
-        blank[..12].copy_from_slice(b"ONDEINFO\x01\0\0\0");
-        let identity = Identity::parse(&blank).expect("a page of zeros is an identity");
-        Ok(Identity { job: self.job, ..identity })
+        Ok(Identity { job: self.job, ..blank_identity() })
     }
 }
 
+/// Nobody's identity.
+pub fn blank_identity() -> Identity {
+    let mut blank = [0; onde_wire::machine::INFO_SIZE];
+    blank[..12].copy_from_slice(b"ONDEINFO\x01\0\0\0");
+    Identity::parse(&blank).expect("a page of zeros is an identity")
+}
+
 /// A sink that breaks after so many bytes.
-struct Kept {
-    bytes: Vec<u8>,
+pub struct Kept {
+    pub bytes: Vec<u8>,
     room: usize,
     rounds: Vec<Round>,
 }
 
 impl Kept {
-    fn new(room: usize) -> Self {
+    pub fn new(room: usize) -> Self {
         Self { bytes: Vec::new(), room, rounds: Vec::new() }
     }
 }
@@ -219,7 +222,7 @@ impl Sink for &mut Kept {
 }
 
 /// The memory and the state that a loader makes of a stream.
-fn restore(mut stream: &[u8]) -> (Vec<u8>, Vec<u8>) {
+pub fn restore(mut stream: &[u8]) -> (Vec<u8>, Vec<u8>) {
     let (mut checker, mut state) = (Checker::new(START), Vec::new());
     let mut memory = vec![0; START.mem_bytes as usize];
     while !checker.is_done() {
