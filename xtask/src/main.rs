@@ -7,6 +7,7 @@ mod build;
 mod demo;
 mod fuzz;
 mod setup;
+mod sim;
 mod step;
 mod tcb;
 mod test;
@@ -43,6 +44,15 @@ enum Cmd {
     },
     /// Count the code that a customer or an owner has to trust
     Tcb,
+    /// Play the whole market in one process, schedule by schedule, each from a seed of its own
+    Sim {
+        /// How many schedules
+        #[arg(long, value_name = "N", default_value_t = 100_000)]
+        schedules: u64,
+        /// Only this one, and print what happens in it
+        #[arg(long, value_name = "N", conflicts_with = "schedules")]
+        seed: Option<u64>,
+    },
     /// Attack the parsers of bytes from outside
     Fuzz {
         /// Only this one of fuzz/fuzz_targets
@@ -62,6 +72,7 @@ fn main() -> ExitCode {
         Cmd::Test => test::run(),
         Cmd::Bench { json } => bench::run(json.as_deref()),
         Cmd::Tcb => tcb::run(),
+        Cmd::Sim { schedules, seed } => sim::run(schedules, seed),
         Cmd::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),
     };
     report(done)

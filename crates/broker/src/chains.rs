@@ -23,30 +23,41 @@ pub struct New {
     pub anchor: Value,
 }
 
-impl New {
-    fn mint() -> Self {
-        let (chain, anchor) = Traversal::mint(&crate::random(), LEVELS);
-        Self { chain, anchor }
+/// Chains ready to be sold.
+pub struct Stock {
+    levels: u32,
+    ready: Mutex<Vec<New>>,
+}
+
+impl Default for Stock {
+    fn default() -> Self {
+        Self::new(LEVELS)
     }
 }
 
-/// Chains ready to be sold.
-#[derive(Default)]
-pub struct Stock(Mutex<Vec<New>>);
-
 impl Stock {
+    /// None yet, of 2^`levels` tokens each.
+    pub fn new(levels: u32) -> Self {
+        Self { levels, ready: Mutex::default() }
+    }
+
+    fn mint(&self) -> New {
+        let (chain, anchor) = Traversal::mint(&crate::random(), self.levels);
+        New { chain, anchor }
+    }
+
     /// One out of stock, or else one made now.
     pub fn take(&self) -> New {
-        let ready = self.0.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        ready.unwrap_or_else(New::mint)
+        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        ready.unwrap_or_else(|| self.mint())
     }
 
     /// Makes one more if there is room: some 50 ms of one processor.
     pub fn add(&self) {
-        let count = self.0.lock().unwrap_or_else(PoisonError::into_inner).len();
+        let count = self.ready.lock().unwrap_or_else(PoisonError::into_inner).len();
         if count < STOCK_MAX {
-            let new = New::mint();
-            self.0.lock().unwrap_or_else(PoisonError::into_inner).push(new);
+            let new = self.mint();
+            self.ready.lock().unwrap_or_else(PoisonError::into_inner).push(new);
         }
     }
 }

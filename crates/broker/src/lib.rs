@@ -75,6 +75,11 @@ impl Broker {
         }
     }
 
+    /// The same, selling chains of 2^`levels` tokens: short ones cost little to make and are soon at their end.
+    pub fn with_chains(self, levels: u32) -> Self {
+        Self { stock: chains::Stock::new(levels), ..self }
+    }
+
     fn nodes(&self) -> MutexGuard<'_, Nodes> {
         // The table is whole between any two statements: a panic elsewhere does not spoil it.
         self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
