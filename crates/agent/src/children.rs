@@ -11,19 +11,22 @@ use std::io;
 use std::process::{Child, Command};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
+use crate::freezer::Freezer;
 use crate::program::Program;
 
 /// See the module.
 #[derive(Default)]
 pub struct Children {
+    /// Stops the programs among them.
+    pub freezer: Arc<Freezer>,
     programs: Mutex<HashMap<Pid, Arc<Program>>>,
     started: Condvar,
 }
 
 impl Children {
     /// Starts the thread that reaps.
-    pub fn start() -> io::Result<Arc<Self>> {
-        let children = Arc::new(Self::default());
+    pub fn start(freezer: Arc<Freezer>) -> io::Result<Arc<Self>> {
+        let children = Arc::new(Self { freezer, ..Self::default() });
         let reaper = children.clone();
         spawn_thread("reap", move || reaper.reap())?;
         Ok(children)

@@ -14,6 +14,8 @@ use std::fs::File;
 use std::io::{self, ErrorKind};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::freezer::CGROUPS;
+
 /// File systems of the kernel and where programs look for them. `/run` and `/tmp` are in memory as they are.
 const MOUNTS: [(&str, &str); 5] = [
     ("proc", "/proc"),
@@ -44,6 +46,11 @@ pub fn mount_all() -> Result<()> {
         }
         rustix::mount::mount(kind, target, kind, MountFlags::empty(), None)
             .with_context(|| format!("cannot mount {kind} on {target}"))?;
+    }
+    // A guest without it works, and cannot be copied.
+    let cgroups = rustix::mount::mount("cgroup2", CGROUPS, "cgroup2", MountFlags::empty(), None);
+    if let Err(error) = cgroups {
+        eprintln!("onde-agent: cannot mount {CGROUPS}: {error}");
     }
     for (target, link) in LINKS {
         std::os::unix::fs::symlink(target, link).with_context(|| format!("cannot make {link}"))?;

@@ -8,7 +8,9 @@ use std::collections::HashMap;
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
+use crate::freezer::{Freezer, Frozen};
 use crate::guest;
 
 /// Windows are mapped in pieces of this size: a table of 64 KiB each.
@@ -26,6 +28,10 @@ pub trait Machine {
     fn are_free(&mut self, first_page: u64, out: &mut [bool]);
     /// Who this machine is now.
     fn identity(&mut self) -> io::Result<Identity>;
+    /// Lets no program run: an error leaves them running.
+    fn stop_programs(&mut self) -> io::Result<()>;
+    /// Lets programs run again.
+    fn start_programs(&mut self);
 }
 
 /// The machine that this program runs in.
@@ -33,11 +39,13 @@ pub struct Devices {
     control: Window,
     pieces: HashMap<u64, Window>,
     page_flags: Option<File>,
+    freezer: Arc<Freezer>,
+    frozen: Option<Frozen>,
 }
 
 impl Devices {
     /// Finds the control device. Errors: `NotFound` where there is none.
-    pub fn open() -> io::Result<Self> {
+    pub fn open(freezer: &Arc<Freezer>) -> io::Result<Self> {
         let control = Window::map_registers(CONTROL_START, PAGE_SIZE as usize)?;
         let mut magic = [0; 8];
         control.read(REG_MAGIC as usize, &mut magic);
@@ -46,7 +54,13 @@ impl Devices {
         }
         // Without it all memory is sent.
         let page_flags = File::open("/proc/kpageflags").ok();
-        Ok(Self { control, pieces: HashMap::new(), page_flags })
+        let freezer = freezer.clone();
+        Ok(Self { control, pieces: HashMap::new(), page_flags, freezer, frozen: None })
+    }
+
+    /// What keeps the programs of a copy from running.
+    pub fn into_frozen(self) -> Option<Frozen> {
+        self.frozen
     }
 
     fn piece(&mut self, start: u64) -> io::Result<&Window> {
@@ -91,5 +105,14 @@ impl Machine for Devices {
 
     fn identity(&mut self) -> io::Result<Identity> {
         guest::identity().map_err(io::Error::other)
+    }
+
+    fn stop_programs(&mut self) -> io::Result<()> {
+        self.frozen = Some(self.freezer.freeze()?);
+        Ok(())
+    }
+
+    fn start_programs(&mut self) {
+        self.frozen = None;
     }
 }

@@ -7,10 +7,14 @@
 #![forbid(unsafe_code)]
 
 mod children;
+mod connections;
 mod copied;
 mod door;
 mod follower;
+mod fork;
+mod freezer;
 mod guest;
+mod hooks;
 mod input;
 mod machine;
 mod network;
@@ -22,6 +26,7 @@ mod session;
 mod snapshot;
 mod start;
 mod tail;
+mod target;
 #[cfg(test)]
 mod tests;
 
@@ -61,7 +66,8 @@ fn run() -> Result<()> {
     // Listens before the network is up: the first packet of a waiting customer finds the port open.
     let server = server::Server::listen(&identity)?;
     network::bring_up(&identity)?;
-    let children = Children::start().context("cannot watch for children")?;
+    let children =
+        Children::start(freezer::Freezer::of_guest()).context("cannot watch for children")?;
     let launch =
         std::fs::read(LAUNCH_PATH).with_context(|| format!("cannot read {LAUNCH_PATH}"))?;
     let launch = Launch::parse(&launch).with_context(|| format!("{LAUNCH_PATH} is malformed"))?;

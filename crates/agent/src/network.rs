@@ -49,11 +49,15 @@ pub fn bring_up(identity: &Identity) -> Result<()> {
     write_new("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
 }
 
-/// Makes the network of a machine's copy its own: other addresses on the same device.
+/// Lets nothing out of a machine's copy until it has an address of its own. Forgets routes and neighbours, too.
+pub fn take_down() -> Result<()> {
+    let links = Links::open().context("cannot set up the network")?;
+    links.set_up(DEVICE, false).context("cannot bring eth0 down")
+}
+
+/// Makes the network of a machine's copy, which is down, its own: other addresses on the same device.
 pub fn take_over(identity: &Identity) -> Result<()> {
     let links = Links::open().context("cannot set up the network")?;
-    // Forgets routes and neighbours, too.
-    links.set_up(DEVICE, false).context("cannot bring eth0 down")?;
     links.set_mac(DEVICE, identity.mac).context("cannot give eth0 its MAC")?;
     bring_up(identity)
 }

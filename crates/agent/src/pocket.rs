@@ -35,6 +35,11 @@ impl Pocket {
         self.filled.notify_all();
     }
 
+    /// Throws away what is there: a copy has its source's tokens, which are not its own.
+    pub fn empty(&self) {
+        *self.lock() = None;
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Purse>> {
         self.purse.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -152,6 +152,14 @@ impl Program {
         });
     }
 
+    /// How the program ended, waiting for that until `deadline`.
+    pub fn wait_exit(&self, deadline: Instant) -> Option<Exit> {
+        let left = deadline.saturating_duration_since(Instant::now());
+        let waited =
+            self.changed.wait_timeout_while(self.lock(), left, |state| state.exit.is_none());
+        waited.unwrap_or_else(PoisonError::into_inner).0.exit
+    }
+
     /// A client that wants output from `from` on; the program waits for it if `hold`.
     pub fn join(&self, client: u64, from: u64, hold: bool) -> Joined {
         self.change(|state| {

@@ -105,7 +105,7 @@ impl Server {
         let guest = Arc::new(Guest::new(children, program, self.door.clone()));
         let payer = guest.clone();
         // A guest that cannot pay by itself serves all the same.
-        let _ = spawn_thread("pocket", move || payer.pocket.run(&payer.snapshot));
+        let _ = spawn_thread("pocket", move || payer.pocket.run(&payer.copying));
         let sessions: Arc<AtomicUsize> = Arc::default();
         let pending = Pending::default();
         for number in 0.. {

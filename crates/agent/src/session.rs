@@ -4,22 +4,22 @@
 
 use onde_client::channel::{Channel, Reader, Writer};
 use onde_client::session::frames::{FrameReader, FrameWriter};
+use onde_client::stream::StreamWriter;
 use onde_wire::session::{AgentFrame, ClientFrame, OUTPUT_MAX, Refusal, Round};
-use onde_wire::stream::Start;
 use rustix::process::Signal;
 use std::io::{self, Write};
 use std::sync::atomic::AtomicBool;
-use std::sync::{Arc, Mutex, TryLockError};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use crate::children::{Children, spawn_thread};
-use crate::copied::become_other;
+use crate::copied::Copied;
 use crate::door::Door;
-use crate::guest::{power_off, set_clock};
-use crate::machine::{Devices, Machine};
+use crate::fork::{self, Copying};
+use crate::guest::set_clock;
 use crate::pocket::Pocket;
 use crate::program::{Cursor, Joined, Program, Step};
-use crate::snapshot::{self, Failed, Outcome, Sink};
+use crate::snapshot::{Failed, Sink};
 use crate::start::{NotStarted, start};
 
 /// A client that says nothing after the hellos is dropped.
@@ -36,8 +36,10 @@ pub struct Guest {
     pub program: Result<Arc<Program>, NotStarted>,
     /// Who may have a session.
     pub door: Arc<Door>,
-    /// Held while a snapshot is taken: the machine can track what is written for one only.
-    pub snapshot: Mutex<()>,
+    /// Held while a copy is made: the machine can track what is written for one only.
+    pub copying: Mutex<()>,
+    /// What this machine is as a copy.
+    pub copied: Arc<Copied>,
     /// What the guest can pay with by itself.
     pub pocket: Pocket,
 }
@@ -49,7 +51,8 @@ impl Guest {
         program: Result<Arc<Program>, NotStarted>,
         door: Arc<Door>,
     ) -> Self {
-        Self { children, program, door, snapshot: Mutex::new(()), pocket: Pocket::default() }
+        let (copying, copied, pocket) = (Mutex::new(()), Arc::default(), Pocket::default());
+        Self { children, program, door, copying, copied, pocket }
     }
 }
 
@@ -76,6 +79,8 @@ pub fn serve<T>(guest: &Guest, channel: Channel, stranger: T) -> io::Result<()> 
     drop(stranger);
     match frame {
         ClientFrame::Snapshot => return snapshot(guest, &mut writer),
+        ClientFrame::Fork(tickets) => return fork(guest, &mut writer, tickets),
+        ClientFrame::Release => return release(guest, &mut writer),
         ClientFrame::Clock(unix_us) => return set_clock(unix_us),
         ClientFrame::Purse(purse) => {
             guest.pocket.fill(purse);
@@ -130,7 +135,7 @@ fn open(guest: &Guest, frame: ClientFrame<'_>) -> Result<Session, End> {
             let joined = program.join(EXEC_CLIENT, 0, true);
             Ok(Session { program, joined, is_owner: true })
         }
-        _ => Err(protocol("a session begins with ATTACH, EXEC or SNAPSHOT")),
+        _ => Err(protocol("a session begins with ATTACH, EXEC, SNAPSHOT or FORK")),
     }
 }
 
@@ -212,6 +217,8 @@ impl Session {
             | ClientFrame::Exec(_)
             | ClientFrame::Detach
             | ClientFrame::Snapshot
+            | ClientFrame::Fork(_)
+            | ClientFrame::Release
             | ClientFrame::Clock(_)
             | ClientFrame::Purse(_) => return None,
         }
@@ -221,22 +228,21 @@ impl Session {
 
 /// Copies this machine to a client. In the copy, the machine becomes its own.
 fn snapshot(guest: &Guest, writer: &mut FrameWriter<Writer>) -> io::Result<()> {
-    let Some(_one) = one(&guest.snapshot) else {
-        let text = "another snapshot of this guest is being taken".to_owned();
-        return refuse(writer, &End(Refusal::Busy, text));
-    };
-    writer.stream().set_timeout(Some(SNAPSHOT_TIMEOUT))?;
-    match copy(writer) {
-        Ok((_, Outcome::Source(taken))) => {
+    let copied = Copying::begin(guest).and_then(|copying| {
+        writer.stream().set_timeout(Some(SNAPSHOT_TIMEOUT))?;
+        let mut stream = StreamWriter::start(Frames(&mut *writer), copying.shape())?;
+        match copying.take(&mut stream)? {
+            Some((taken, state)) => stream.machine(&state).map(|_| Some(taken)).map_err(Into::into),
+            None => Ok(None),
+        }
+    });
+    match copied {
+        Ok(Some(taken)) => {
             writer.agent(&AgentFrame::Taken(taken))?;
             writer.flush()
         }
-        Ok((mut machine, Outcome::Copy)) => {
-            let identity = machine.identity()?;
-            if let Err(error) = become_other(guest, &identity) {
-                eprintln!("onde-agent: no good copy: {error:#}");
-                power_off();
-            }
+        Ok(None) => {
+            guest.copied.release(&guest.children);
             Ok(())
         }
         Err(Failed::Sink(error)) => Err(error),
@@ -244,22 +250,29 @@ fn snapshot(guest: &Guest, writer: &mut FrameWriter<Writer>) -> io::Result<()> {
     }
 }
 
-/// The lock, if nobody has it.
-fn one(lock: &Mutex<()>) -> Option<std::sync::MutexGuard<'_, ()>> {
-    match lock.try_lock() {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
+/// Makes VMs that are copies of this machine. In each of them this returns, too: held, for the client to release.
+fn fork(guest: &Guest, writer: &mut FrameWriter<Writer>, tickets: &[u8]) -> io::Result<()> {
+    guest.copied.hold_on();
+    match fork::run(guest, writer, tickets) {
+        Ok(Some(taken)) => {
+            guest.copied.hold_on();
+            writer.agent(&AgentFrame::Taken(taken))?;
+            writer.flush()
+        }
+        Ok(None) => {
+            guest.copied.hold(&guest.children);
+            Ok(())
+        }
+        Err(Failed::Sink(error)) => Err(error),
+        Err(Failed::Machine(text)) => refuse(writer, &End(Refusal::Guest, text)),
     }
 }
 
-fn copy(writer: &mut FrameWriter<Writer>) -> Result<(Devices, Outcome), Failed> {
-    let failed = |error| Failed::Machine(format!("this guest has no control device: {error}"));
-    let mut machine = Devices::open().map_err(failed)?;
-    let identity = machine.identity().map_err(failed)?;
-    let start = Start { job: identity.job, mem_bytes: identity.mem_bytes, vcpus: identity.vcpus };
-    let outcome = snapshot::take(&mut machine, &start, Frames(writer))?;
-    Ok((machine, outcome))
+/// Lets the programs of a copy go on.
+fn release(guest: &Guest, writer: &mut FrameWriter<Writer>) -> io::Result<()> {
+    guest.copied.release(&guest.children);
+    writer.agent(&AgentFrame::Released)?;
+    writer.flush()
 }
 
 /// A session that takes a checkpoint stream.
@@ -279,9 +292,13 @@ impl Write for Frames<'_> {
     }
 }
 
-impl Sink for Frames<'_> {
+impl Sink for StreamWriter<Frames<'_>> {
     fn round(&mut self, round: Round) -> io::Result<()> {
-        self.0.agent(&AgentFrame::Round(round))
+        self.out().0.agent(&AgentFrame::Round(round))
+    }
+
+    fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        StreamWriter::memory(self, address, bytes)
     }
 }
 

@@ -8,7 +8,6 @@
 //! ```
 //! FREEZE returns twice, as fork() does: here, and in every machine that is made of the stream.
 
-use onde_client::stream::StreamWriter;
 use onde_wire::machine::control::{
     REG_ABORT, REG_FREEZE, REG_HARVEST, REG_TRACK, RESULT_OK, RESULT_TOO_MANY, ROLE_FORKED,
 };
@@ -18,7 +17,7 @@ use onde_wire::machine::{
 };
 use onde_wire::session::{Round, Taken};
 use onde_wire::stream::{CHUNK_MAX, Start, in_ram};
-use std::io::{self, Write};
+use std::io;
 use std::ops::Range;
 use std::time::Instant;
 
@@ -34,18 +33,20 @@ const PATIENCE: u32 = 3;
 const ROUNDS_MAX: u32 = 64;
 const PAGES_MAX: u64 = CHUNK_MAX as u64 / PAGE_SIZE;
 
-/// Where a copy goes.
-pub trait Sink: Write {
+/// Where a copy's memory goes. An error ends the copy.
+pub trait Sink {
     /// Says that a round begins.
     fn round(&mut self, round: Round) -> io::Result<()>;
+    /// Takes memory from `address` on, whole pages.
+    fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()>;
 }
 
 /// In which machine [`take`] returned.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outcome {
-    /// In the one that was copied; the stream is complete.
-    Source(Taken),
-    /// In the copy. The stream is the source's business.
+    /// In the one that was copied; all memory is sent, and this state is the rest.
+    Source(Taken, Vec<u8>),
+    /// In the copy, whose programs stand still.
     Copy,
 }
 
@@ -72,25 +73,17 @@ fn machine_failed(error: io::Error) -> Failed {
 pub fn take<M: Machine>(
     machine: &mut M,
     start: &Start,
-    sink: impl Sink,
+    sink: &mut impl Sink,
 ) -> Result<Outcome, Failed> {
-    let stream = StreamWriter::start(sink, start)?;
     match machine.command(REG_TRACK, 1) {
         RESULT_OK => {}
         result => return Err(refused("track its memory", result)),
     }
-    let mut copy = Copy { machine, stream, start, buffer: Vec::new(), round: 0 };
+    let mut copy = Copy { machine, sink, start, buffer: Vec::new(), round: 0 };
     let result = copy.all().and_then(|()| copy.until_few()).and_then(|()| copy.freeze());
-    let Copy { machine, stream, .. } = copy;
     // Nothing to be done about a machine that refuses this.
-    machine.command(REG_TRACK, 0);
-    match result? {
-        None => Ok(Outcome::Copy),
-        Some((state, taken)) => {
-            stream.machine(&state)?;
-            Ok(Outcome::Source(taken))
-        }
-    }
+    copy.machine.command(REG_TRACK, 0);
+    result
 }
 
 fn refused(what: &str, result: u32) -> Failed {
@@ -100,7 +93,7 @@ fn refused(what: &str, result: u32) -> Failed {
 /// A copy under way.
 struct Copy<'a, M, S> {
     machine: &'a mut M,
-    stream: StreamWriter<S>,
+    sink: &'a mut S,
     start: &'a Start,
     buffer: Vec<u8>,
     round: u32,
@@ -110,7 +103,7 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
     fn begin_round(&mut self, pages: u64) -> Result<(), Failed> {
         let round = Round { number: self.round, pages };
         self.round += 1;
-        Ok(self.stream.out().round(round)?)
+        Ok(self.sink.round(round)?)
     }
 
     /// Sends all memory but what is free: if it is taken later, it is written then.
@@ -135,7 +128,7 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         let at = address(run.start);
         self.buffer.resize(((run.end - run.start) * PAGE_SIZE) as usize, 0);
         self.machine.read(MIRROR_START + at, &mut self.buffer).map_err(machine_failed)?;
-        Ok(self.stream.memory(at, &self.buffer)?)
+        Ok(self.sink.memory(at, &self.buffer)?)
     }
 
     /// Sends what was written until that is little enough to freeze.
@@ -182,25 +175,30 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         Ok(count)
     }
 
-    /// Stops the machine for an instant, and sends what is left of it. The state is returned; `None` in the copy.
-    fn freeze(&mut self) -> Result<Option<(Vec<u8>, Taken)>, Failed> {
+    /// Stops the machine for an instant, and sends what is left of it. Its programs are stopped before, so that none of
+    /// them runs in the copy until the copy lets it.
+    fn freeze(&mut self) -> Result<Outcome, Failed> {
         // Mapped now, and not while the network stands still.
         self.machine.read(FROZEN_START, &mut [0; 8]).map_err(machine_failed)?;
         while self.round < ROUNDS_MAX {
             let begun = Instant::now();
+            self.machine.stop_programs().map_err(|error| {
+                Failed::Machine(format!("the guest's programs do not stand still: {error}"))
+            })?;
             let result = self.machine.command(REG_FREEZE, ROLE_FORKED);
-            let pause_us = begun.elapsed().as_micros() as u64;
             // A copy of a copy has its source's role too; only the job tells them apart.
             let identity = self.machine.identity().map_err(machine_failed);
             if identity.as_ref().is_ok_and(|identity| identity.job != self.start.job) {
-                return Ok(None);
+                return Ok(Outcome::Copy);
             }
+            self.machine.start_programs();
+            let pause_us = begun.elapsed().as_micros() as u64;
             match result {
                 RESULT_OK => {
                     let saved = self.saved();
                     self.machine.command(REG_ABORT, 1);
                     identity?;
-                    return self.finish(saved?, pause_us).map(Some);
+                    return self.finish(saved?, pause_us);
                 }
                 RESULT_TOO_MANY => drop(self.again()?),
                 result => return Err(refused("freeze", result)),
@@ -231,14 +229,14 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         if are_good { Ok(Saved { state, addresses, pages }) } else { Err(malformed()) }
     }
 
-    fn finish(&mut self, saved: Saved, pause_us: u64) -> Result<(Vec<u8>, Taken), Failed> {
+    fn finish(&mut self, saved: Saved, pause_us: u64) -> Result<Outcome, Failed> {
         let Saved { state, addresses, pages } = saved;
         let frozen_pages = addresses.len() as u64;
         self.begin_round(frozen_pages)?;
         for (address, page) in addresses.into_iter().zip(pages.chunks(PAGE_SIZE as usize)) {
-            self.stream.memory(address, page)?;
+            self.sink.memory(address, page)?;
         }
-        Ok((state, Taken { pause_us, frozen_pages }))
+        Ok(Outcome::Source(Taken { pause_us, frozen_pages }, state))
     }
 }
 

@@ -15,6 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 
 use crate::children::{Children, spawn_thread};
+use crate::freezer::Freezer;
 use crate::input::feed;
 use crate::program::Program;
 use crate::pump::{Source, pump};
@@ -29,8 +30,21 @@ pub struct NotStarted {
     pub text: String,
 }
 
-/// Starts a program.
+/// Starts a program, one of those that are stopped while the machine is copied.
 pub fn start(children: &Children, launch: &Launch<'_>) -> Result<Arc<Program>, NotStarted> {
+    start_in(children, launch, Some(&children.freezer))
+}
+
+/// Starts a program that is never stopped.
+pub fn hook(children: &Children, launch: &Launch<'_>) -> Result<Arc<Program>, NotStarted> {
+    start_in(children, launch, None)
+}
+
+fn start_in(
+    children: &Children,
+    launch: &Launch<'_>,
+    freezer: Option<&Arc<Freezer>>,
+) -> Result<Arc<Program>, NotStarted> {
     let name = strings(launch.argv).next().unwrap_or_default();
     let fail = |error: io::Error| NotStarted {
         refusal: refusal(&error),
@@ -42,6 +56,7 @@ pub fn start(children: &Children, launch: &Launch<'_>) -> Result<Arc<Program>, N
         return Err(NotStarted { refusal: Refusal::NotFound, text });
     }
     let mut command = command(launch, cwd);
+    let _starting = freezer.map(|freezer| freezer.enter(&mut command)).transpose().map_err(fail)?;
     match launch.window {
         Some(window) => start_on_terminal(children, &mut command, window),
         None => start_on_pipes(children, &mut command),

@@ -19,7 +19,8 @@ const JOB_KEY: [u8; 32] = [2; 32];
 const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One reaper for this process, as in a guest.
-static CHILDREN: LazyLock<Arc<Children>> = LazyLock::new(|| Children::start().unwrap());
+static CHILDREN: LazyLock<Arc<Children>> =
+    LazyLock::new(|| Children::start(Arc::default()).unwrap());
 
 /// A sink that the test can look into.
 #[derive(Clone, Default)]

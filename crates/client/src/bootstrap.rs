@@ -105,25 +105,43 @@ pub fn boot_stream<T>(
     loader: &[u8],
     write: impl FnOnce(&mut Writer) -> io::Result<T>,
 ) -> Result<T, BootstrapError> {
-    let channel = connect(handle, ipv4, LISTEN_TIMEOUT)?;
-    send(channel, loader, write)
+    let mut vm = Vacant::open(handle, ipv4, loader)?;
+    let sent = write(vm.writer());
+    vm.finish(sent)
 }
 
-/// All that is said to mstrap and the loader.
-fn send<T>(
-    mut channel: Channel,
-    loader: &[u8],
-    write: impl FnOnce(&mut Writer) -> io::Result<T>,
-) -> Result<T, BootstrapError> {
-    let timeouts = channel
-        .reader
-        .set_timeout(Some(IDLE_TIMEOUT))
-        .and_then(|()| channel.writer.set_timeout(Some(IDLE_TIMEOUT)));
-    timeouts.map_err(|source| BootstrapError::Broken { stage: "at once", source })?;
-    let sent = upload(&mut channel, loader);
-    expect(&mut channel, sent, Report::LoaderOk, "during the loader's upload")?;
-    let sent = write(&mut channel.writer);
-    expect(&mut channel, sent, Report::StreamOk, "during the stream")
+/// A new VM whose loader waits for a stream.
+#[derive(Debug)]
+pub struct Vacant {
+    channel: Channel,
+}
+
+impl Vacant {
+    /// Connects to the mstrap at `ipv4` and uploads the loader.
+    pub fn open(handle: &Handle, ipv4: Ipv4Addr, loader: &[u8]) -> Result<Self, BootstrapError> {
+        Self::over(connect(handle, ipv4, LISTEN_TIMEOUT)?, loader)
+    }
+
+    fn over(mut channel: Channel, loader: &[u8]) -> Result<Self, BootstrapError> {
+        let timeouts = channel
+            .reader
+            .set_timeout(Some(IDLE_TIMEOUT))
+            .and_then(|()| channel.writer.set_timeout(Some(IDLE_TIMEOUT)));
+        timeouts.map_err(|source| BootstrapError::Broken { stage: "at once", source })?;
+        let sent = upload(&mut channel, loader);
+        expect(&mut channel, sent, Report::LoaderOk, "during the loader's upload")?;
+        Ok(Self { channel })
+    }
+
+    /// Where the stream goes.
+    pub fn writer(&mut self) -> &mut Writer {
+        &mut self.channel.writer
+    }
+
+    /// Hears what the loader says of the stream, `sent` being how writing it went. On success the guest is about to run.
+    pub fn finish<T>(mut self, sent: io::Result<T>) -> Result<T, BootstrapError> {
+        expect(&mut self.channel, sent, Report::StreamOk, "during the stream")
+    }
 }
 
 /// Connects to a VM that is coming up, until `patience` is over.
@@ -209,7 +227,10 @@ mod tests {
             let channel =
                 Channel::connect(peer, &handle.job, &handle.key, CONNECT_TIMEOUT).unwrap();
             let start = Start { job: handle.job, mem_bytes: 64 << 20, vcpus: 1 };
-            let got = send(channel, &[7; 1000], |out| write_cold(out, &start, &layout, |_| {}));
+            let got = Vacant::over(channel, &[7; 1000]).and_then(|mut vm| {
+                let sent = write_cold(vm.writer(), &start, &layout, |_| {});
+                vm.finish(sent)
+            });
             let text = got.map_or_else(|error| error.to_string(), |_| "ok".to_owned());
             assert_eq!(text, expect);
         });

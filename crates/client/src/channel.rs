@@ -207,6 +207,11 @@ impl Writer {
         self.stream.set_write_timeout(timeout)
     }
 
+    /// The connection's two ends: here and there.
+    pub fn ends(&self) -> io::Result<(SocketAddr, SocketAddr)> {
+        Ok((self.stream.local_addr()?, self.stream.peer_addr()?))
+    }
+
     /// Tells the peer that no more comes; the other direction goes on.
     pub fn shutdown_write(&self) {
         // An error means that the connection is over already; so too below.

@@ -8,6 +8,7 @@ pub mod bootstrap;
 pub mod broker;
 pub mod channel;
 pub mod echo;
+pub mod fork;
 pub mod home;
 pub mod job;
 pub mod kernel;

@@ -22,9 +22,17 @@ pub struct Progress {
 }
 
 /// A record on its way to the wire.
-struct Record {
-    head: Head,
-    payload: Vec<u8>,
+#[derive(Clone, Debug)]
+pub struct Record {
+    /// Its head.
+    pub head: Head,
+    /// What follows the head.
+    pub payload: Vec<u8>,
+}
+
+/// The packed records of memory from `address` on, whole pages.
+pub fn records(address: u64, bytes: &[u8]) -> impl Iterator<Item = Record> {
+    runs(address, bytes).map(|(address, run)| memory(address, run))
 }
 
 /// A stream under way to `out`: START is written, memory comes, then [`Self::machine`] ends it.
@@ -54,7 +62,7 @@ impl<W: Write> StreamWriter<W> {
 
     /// Writes memory from `address` on, whole pages, packed.
     pub fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()> {
-        runs(address, bytes).try_for_each(|(address, run)| self.put(&memory(address, run)))
+        records(address, bytes).try_for_each(|record| self.put(&record))
     }
 
     /// Writes a record as it is.
@@ -65,7 +73,8 @@ impl<W: Write> StreamWriter<W> {
         Ok(())
     }
 
-    fn put(&mut self, record: &Record) -> io::Result<()> {
+    /// Writes a record that is packed.
+    pub fn put(&mut self, record: &Record) -> io::Result<()> {
         self.record(&record.head, &record.payload)
     }
 
@@ -112,8 +121,8 @@ fn plain(kind: Kind, payload: Vec<u8>) -> Record {
 /// Packs all memory, until done or nobody takes it any more.
 fn pack(layout: &Layout, out: &SyncSender<Record>) {
     for piece in &layout.pieces {
-        for (address, run) in runs(piece.address, &piece.bytes) {
-            if out.send(memory(address, run)).is_err() {
+        for record in records(piece.address, &piece.bytes) {
+            if out.send(record).is_err() {
                 return;
             }
         }

@@ -51,6 +51,12 @@ pub enum Command {
         #[arg(long)]
         json: bool,
     },
+    /// Make more VMs that are a job's running VM at one instant
+    ///
+    /// The VM goes on. Each of the others is a job of its own, with addresses, a name, random numbers and tokens of its own
+    /// before any of its programs goes on; a home node in the background pays for it. Prints their ids. One that fails is
+    /// given back and does not harm the others.
+    Fork(Fork),
     /// List jobs
     Ps {
         /// Settled jobs, too
@@ -310,6 +316,33 @@ pub struct Boot {
     pub count: u16,
 }
 
+#[derive(Debug, Args)]
+pub struct Fork {
+    #[command(flatten)]
+    pub job: JobName,
+    /// Number of VMs to make
+    #[arg(short = 'n', long, value_name = "N", default_value_t = 1)]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
+    pub count: u16,
+    /// Numbers of the nodes to make them on, in turn [default: the cheapest that fits, for each]
+    #[arg(long, value_name = "N,N", value_delimiter = ',')]
+    pub nodes: Vec<u32>,
+    /// First payment of each, tokens [default: 30, or the budget if that is less]
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
+    pub tokens: Option<u32>,
+    /// Most that may be spent on each, tokens [default: the first payment if that is given, else 600]
+    #[arg(long, value_name = "N")]
+    #[arg(value_parser = clap::value_parser!(u32).range(1..=65536))]
+    pub budget: Option<u32>,
+    /// Names for the jobs: NAME-1, NAME-2, ...
+    #[arg(long)]
+    pub name: Option<String>,
+    /// As JSON
+    #[arg(long)]
+    pub json: bool,
+}
+
 #[derive(Debug, Subcommand)]
 pub enum Node {
     /// List nodes, what they have free and what they charge
@@ -470,6 +503,9 @@ mod tests {
         check("onde boot --kernel k -n 2", false);
         check("onde snapshot a1 -o f --json", true);
         check("onde snapshot a1", false);
+        check("onde fork a1 -n 8 --nodes 1,2 --budget 9 --name w", true);
+        check("onde fork a1 -n 0", false);
+        check("onde fork", false);
         check("onde exec a1 -- ps -e", true);
         check("onde exec a1", false);
         check("onde pay a1 10", true);

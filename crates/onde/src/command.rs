@@ -6,6 +6,7 @@ mod broker;
 mod console;
 mod context;
 mod docs;
+mod fork;
 mod job;
 mod lab;
 mod node;
@@ -47,6 +48,7 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Snapshot { job, output, json } => {
             done(snapshot::run(&job.job, &output, json, &report))
         }
+        Command::Fork(order) => fork::run(order, &report),
         Command::Ps { all, cost, json } => done(ps::run(context, all, cost, json)),
         Command::Status { job, json } => done(job::status(&job.job, json)),
         Command::Console { job, follow } => done(console::run(&job.job, follow)),

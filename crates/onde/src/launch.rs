@@ -98,7 +98,7 @@ pub fn launch(
     };
     let loader = loader()?;
     let echo = Echo::open()?;
-    let (first, budget) = payment(order);
+    let (first, budget) = payment(order.tokens, order.budget);
     let watch = watch(order)?;
     let request = JobRequest {
         idempotency_key: new_key()?,
@@ -127,7 +127,7 @@ pub fn launch(
 }
 
 /// Buys the job. What another VM has just given back is for sale again once the broker has looked.
-fn buy(broker: &Broker, request: &JobRequest) -> Result<JobOpened, BrokerError> {
+pub fn buy(broker: &Broker, request: &JobRequest) -> Result<JobOpened, BrokerError> {
     let deadline = Instant::now() + ROOM_PATIENCE;
     loop {
         match broker.open_job(request) {
@@ -138,14 +138,14 @@ fn buy(broker: &Broker, request: &JobRequest) -> Result<JobOpened, BrokerError> 
     }
 }
 
-/// The first payment and the budget, tokens.
-fn payment(order: &Order) -> (u32, u32) {
-    let budget = order.budget.or(order.tokens).unwrap_or(BUDGET_DEFAULT);
-    (order.tokens.unwrap_or(TOKENS_DEFAULT).min(budget), budget)
+/// The first payment and the budget, tokens, of what the customer said of them.
+pub fn payment(tokens: Option<u32>, budget: Option<u32>) -> (u32, u32) {
+    let budget = budget.or(tokens).unwrap_or(BUDGET_DEFAULT);
+    (tokens.unwrap_or(TOKENS_DEFAULT).min(budget), budget)
 }
 
 /// Our loader's image.
-fn loader() -> Result<Vec<u8>> {
+pub fn loader() -> Result<Vec<u8>> {
     let file = onde_lab::programs::find("loader")?;
     std::fs::read(&file).with_context(|| format!("cannot read {}", file.display()))
 }
@@ -222,7 +222,8 @@ mod tests {
             #[command(flatten)]
             order: Order,
         }
-        assert_eq!(payment(&Line::parse_from(line.split(' ')).order), expect);
+        let order = Line::parse_from(line.split(' ')).order;
+        assert_eq!(payment(order.tokens, order.budget), expect);
     }
 
     #[test]

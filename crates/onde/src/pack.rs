@@ -8,7 +8,7 @@ mod libraries;
 
 use anyhow::{Context, Result, bail};
 use onde_lab::kernel::KernelCache;
-use onde_wire::session::{LAUNCH_PATH, Launch, MODULES_PATH, PAYLOAD_MAX, Window};
+use onde_wire::session::{LAUNCH_PATH, LOADER_PATH, Launch, MODULES_PATH, PAYLOAD_MAX, Window};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::PermissionsExt;
@@ -122,6 +122,8 @@ fn add_guest(image: &mut Image, kernel: &KernelCache, agent: &Path) -> Result<()
         std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
     };
     image.file(Path::new("/init"), 0o755, read(agent)?)?;
+    // The guest sends it to VMs that it makes elsewhere.
+    image.file(Path::new(LOADER_PATH), 0o600, read(&onde_lab::programs::find("loader")?)?)?;
     let modules = kernel.modules()?;
     let wanted: Vec<_> = MODULES.into_iter().filter(|name| modules.has(name)).collect();
     let mut list = String::new();

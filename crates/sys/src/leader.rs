@@ -1,6 +1,7 @@
 //! Makes a program that `std` starts the leader of a session of its own, so that it and all it starts
 //! can be signalled together, and so that it can own a terminal. Used by `agent`.
 
+use std::fs::File;
 use std::os::fd::BorrowedFd;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -27,4 +28,11 @@ pub fn lead_session(command: &mut Command, terminal: bool) {
     };
     // SAFETY: the closure makes system calls only and touches no memory, lock or descriptor of the parent.
     unsafe { command.pre_exec(lead) };
+}
+
+/// The program will enter a cgroup, whose `cgroup.procs` is open for writing, before its first instruction.
+pub fn enter_cgroup(command: &mut Command, procs: File) {
+    let enter = move || rustix::io::write(&procs, b"0").map(drop).map_err(Into::into);
+    // SAFETY: the closure makes one system call and touches no memory, lock or descriptor of the parent.
+    unsafe { command.pre_exec(enter) };
 }

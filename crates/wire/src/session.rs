@@ -7,6 +7,10 @@
 //!  agent   STARTED or ERROR, then OUTPUT and ACCEPTED, at last EXITED
 //!  client  SNAPSHOT, and nothing more
 //!  agent   STREAM and ROUND, at last TAKEN; or ERROR
+//!  client  FORK, and nothing more
+//!  agent   ROUND, one MADE for each new VM, at last TAKEN; or ERROR
+//!  client  RELEASE, and nothing more
+//!  agent   RELEASED; or ERROR
 //!  client  CLOCK or PURSE, and nothing more; nothing is answered
 //! ```
 //! Output and input are numbered by byte, so that a client that lost its connection goes on where
@@ -17,6 +21,8 @@
 
 use crate::bytes::{Reader, Writer};
 use crate::channel::RECORD_MAX;
+use crate::key::Tag;
+use crate::token::BOOT_TOKEN_SIZE;
 
 /// Bytes of a frame's head.
 pub const HEAD_SIZE: usize = 5;
@@ -47,6 +53,10 @@ pub const FROM_END: u64 = u64::MAX;
 pub const LAUNCH_PATH: &str = "/onde/run";
 /// Path in a packed guest of the list of kernel modules to load, one path a line, in this order.
 pub const MODULES_PATH: &str = "/onde/modules";
+/// Path in a packed guest of the loader that it sends to VMs it makes elsewhere.
+pub const LOADER_PATH: &str = "/onde/loader";
+/// Most VMs in one FORK: each costs the guest a connection, two threads and a megabyte of queue.
+pub const FORK_MAX: usize = 16;
 
 /// Size of a terminal, in characters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +82,49 @@ pub struct Launch<'a> {
     pub argv: &'a [u8],
     /// `NAME=value` strings; the whole environment.
     pub env: &'a [u8],
+}
+
+/// All that a guest needs to make a VM elsewhere.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Ticket {
+    /// Where the node answers.
+    pub node: [u8; 4],
+    /// Key of the new job.
+    pub key: [u8; 32],
+    /// Its boot token ([`crate::token::BootToken`]).
+    pub token: [u8; BOOT_TOKEN_SIZE],
+    /// The boot token's tag.
+    pub tag: Tag,
+}
+
+impl core::fmt::Debug for Ticket {
+    // The key stays out of logs.
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        f.debug_struct("Ticket").field("node", &self.node).finish_non_exhaustive()
+    }
+}
+
+/// Bytes of a [`Ticket`].
+pub const TICKET_SIZE: usize = 4 + 32 + BOOT_TOKEN_SIZE + 32;
+
+impl Ticket {
+    /// The ticket's bytes.
+    pub fn emit(&self) -> [u8; TICKET_SIZE] {
+        let mut out = [0; TICKET_SIZE];
+        let mut w = Writer::new(&mut out);
+        w.put(&self.node);
+        w.put(&self.key);
+        w.put(&self.token);
+        w.put(&self.tag);
+        out
+    }
+
+    /// Reads a ticket.
+    pub fn parse(bytes: &[u8]) -> Option<Self> {
+        let mut r = Reader::new(bytes);
+        let ticket = Self { node: r.array()?, key: r.array()?, token: r.array()?, tag: r.array()? };
+        r.rest().is_empty().then_some(ticket)
+    }
 }
 
 /// The strings of a list in [`Launch`].
@@ -163,6 +216,11 @@ pub enum ClientFrame<'a> {
     Clock(u64),
     /// First frame: payment tokens that the guest may show by itself, in place of those it had.
     Purse(Purse),
+    /// First frame: make these VMs, copies of this machine at one instant: 1 to [`FORK_MAX`] [`Ticket`]s, one behind the
+    /// other. Their programs stand still until RELEASE, so that each of them can make more of the same instant.
+    Fork(&'a [u8]),
+    /// First frame, to a copy that FORK made: its programs go on.
+    Release,
 }
 
 /// Payment tokens of the job's chain, for the guest to pay with while its customer is away.
@@ -283,6 +341,15 @@ pub enum AgentFrame<'a> {
     Round(Round),
     /// The checkpoint stream is complete.
     Taken(Taken),
+    /// What became of a VM of FORK.
+    Made {
+        /// Its position among the tickets.
+        index: u32,
+        /// Empty where its loader has all of the machine; else what went wrong, UTF-8, at most [`ERROR_TEXT_MAX`].
+        fault: &'a str,
+    },
+    /// The programs go on.
+    Released,
 }
 
 const ATTACH: u8 = 1;
@@ -295,6 +362,8 @@ const ACK: u8 = 7;
 const DETACH: u8 = 8;
 const SNAPSHOT: u8 = 9;
 const CLOCK: u8 = 10;
+const FORK: u8 = 11;
+const RELEASE: u8 = 12;
 const PURSE: u8 = 13;
 const STARTED: u8 = 16;
 const OUTPUT: u8 = 17;
@@ -304,6 +373,8 @@ const ERROR: u8 = 20;
 const STREAM: u8 = 21;
 const ROUND: u8 = 22;
 const TAKEN: u8 = 23;
+const MADE: u8 = 24;
+const RELEASED: u8 = 25;
 
 /// Kind and payload size that a frame's head announces; `None` above [`PAYLOAD_MAX`].
 pub fn head(bytes: &[u8; HEAD_SIZE]) -> Option<(u8, usize)> {
@@ -356,6 +427,8 @@ impl<'a> ClientFrame<'a> {
             Detach => frame(out, DETACH, &[]),
             Snapshot => frame(out, SNAPSHOT, &[]),
             Clock(unix_us) => frame(out, CLOCK, &[&unix_us.to_le_bytes()]),
+            Fork(tickets) => frame(out, FORK, &[tickets]),
+            Release => frame(out, RELEASE, &[]),
             ClientFrame::Purse(purse) => {
                 let [shown, last, lot] = [purse.shown, purse.last, purse.lot].map(u32::to_le_bytes);
                 frame(out, PURSE, &[&shown, &last, &lot, &purse.value])
@@ -385,6 +458,13 @@ impl<'a> ClientFrame<'a> {
             DETACH => ClientFrame::Detach,
             SNAPSHOT => ClientFrame::Snapshot,
             CLOCK => ClientFrame::Clock(r.u64()?),
+            FORK => {
+                let tickets = r.rest();
+                let is_whole = tickets.len().is_multiple_of(TICKET_SIZE);
+                let fits = (1..=FORK_MAX).contains(&(tickets.len() / TICKET_SIZE));
+                return (is_whole && fits).then_some(ClientFrame::Fork(tickets));
+            }
+            RELEASE => ClientFrame::Release,
             PURSE => {
                 let (shown, last, lot, value) = (r.u32()?, r.u32()?, r.u32()?, r.array()?);
                 ClientFrame::Purse(Purse { shown, last, lot, value })
@@ -422,6 +502,11 @@ impl<'a> AgentFrame<'a> {
                 let fields = [taken.pause_us, taken.frozen_pages].map(u64::to_le_bytes);
                 frame(out, TAKEN, &[fields.as_flattened()])
             }
+            Made { index, fault } => {
+                let fault = cut(fault, ERROR_TEXT_MAX);
+                frame(out, MADE, &[&index.to_le_bytes(), fault.as_bytes()])
+            }
+            Released => frame(out, RELEASED, &[]),
         }
     }
 
@@ -445,10 +530,14 @@ impl<'a> AgentFrame<'a> {
                 _ => return None,
             },
             ERROR => {
-                let (refusal, text) = (Refusal::parse(r.u16()?)?, r.rest());
-                let text = core::str::from_utf8(text).ok().filter(|t| t.len() <= ERROR_TEXT_MAX)?;
-                return Some(AgentFrame::Error { refusal, text });
+                let refusal = Refusal::parse(r.u16()?)?;
+                return Some(AgentFrame::Error { refusal, text: text(r.rest())? });
             }
+            MADE => {
+                let index = r.u32()?;
+                return Some(AgentFrame::Made { index, fault: text(r.rest())? });
+            }
+            RELEASED => AgentFrame::Released,
             STREAM => {
                 let bytes = r.rest();
                 return (1..=OUTPUT_MAX)
@@ -461,6 +550,10 @@ impl<'a> AgentFrame<'a> {
         };
         r.rest().is_empty().then_some(frame)
     }
+}
+
+fn text(bytes: &[u8]) -> Option<&str> {
+    core::str::from_utf8(bytes).ok().filter(|text| text.len() <= ERROR_TEXT_MAX)
 }
 
 fn flag(byte: u8) -> Option<bool> {
@@ -520,6 +613,12 @@ mod tests {
         check_client(Detach, b"\x08\0\0\0\0");
         check_client(Snapshot, b"\x09\0\0\0\0");
         check_client(Clock(258), b"\x0A\x08\0\0\0\x02\x01\0\0\0\0\0\0");
+        let ticket =
+            Ticket { node: [1; 4], key: [2; 32], token: [3; BOOT_TOKEN_SIZE], tag: [4; 32] };
+        let tickets = [ticket.emit(), ticket.emit()].concat();
+        check_client(Fork(&tickets), &[&b"\x0B\xEC\x01\0\0"[..], &tickets].concat());
+        assert_eq!(Ticket::parse(&tickets[..TICKET_SIZE]), Some(ticket));
+        check_client(Release, b"\x0C\0\0\0\0");
         let purse = super::Purse {
             shown: 1,
             last: 258,
@@ -549,6 +648,8 @@ mod tests {
         let taken = super::Taken { pause_us: 3, frozen_pages: 4 };
         let golden = b"\x17\x10\0\0\0\x03\0\0\0\0\0\0\0\x04\0\0\0\0\0\0\0";
         check_agent(AgentFrame::Taken(taken), golden);
+        check_agent(Made { index: 2, fault: "no" }, b"\x18\x06\0\0\0\x02\0\0\0no");
+        check_agent(Released, b"\x19\0\0\0\0");
     }
 
     #[test]
@@ -575,7 +676,14 @@ mod tests {
             assert_eq!(ClientFrame::parse(EXEC, &out[HEAD_SIZE..HEAD_SIZE + cut]), None);
         }
         assert!(ClientFrame::parse(EXEC, &out[HEAD_SIZE..size]).is_some());
-        for (kind, payload) in [(DETACH, &b"x"[..]), (SIGNAL, b""), (STDIN, &[0; 8]), (99, b"")] {
+        for (kind, payload) in [
+            (DETACH, &b"x"[..]),
+            (SIGNAL, b""),
+            (FORK, b""),
+            (FORK, b"x"),
+            (STDIN, &[0; 8]),
+            (99, b""),
+        ] {
             assert_eq!(ClientFrame::parse(kind, payload), None, "{kind}");
         }
         assert_eq!(AgentFrame::parse(OUTPUT, b"\x03\0\0\0\0\0\0\0\0x"), None);

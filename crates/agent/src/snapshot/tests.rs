@@ -2,10 +2,12 @@
 //! byte. The machine is a vector, its writes come from a seed.
 
 use super::*;
+use onde_client::stream::StreamWriter;
 use onde_wire::machine::control::ROLE_SOURCE;
 use onde_wire::machine::{COLD_SIZE, Identity};
 use onde_wire::stream::{Checker, HEAD_SIZE, Kind};
 use std::collections::BTreeSet;
+use std::io::Write;
 
 pub const PAGES: u64 = 600;
 pub const START: Start = Start { job: [1; 16], mem_bytes: PAGES * PAGE_SIZE, vcpus: 1 };
@@ -43,6 +45,8 @@ struct Fake {
     job: [u8; 16],
     is_tracking: bool,
     is_held: bool,
+    /// Its programs stand still: nothing writes.
+    is_stopped: bool,
     freezes: u32,
 }
 
@@ -59,6 +63,7 @@ impl Fake {
             job: START.job,
             is_tracking: false,
             is_held: false,
+            is_stopped: false,
             freezes: 0,
         };
         for page in 0..PAGES {
@@ -109,6 +114,7 @@ impl Fake {
 
     fn freeze(&mut self, role: u32) -> u32 {
         assert_eq!(role, ROLE_FORKED);
+        assert!(self.is_stopped, "a program runs in the copy");
         self.freezes += 1;
         if self.dirty.len() > self.habits.frozen_max {
             return RESULT_TOO_MANY;
@@ -172,6 +178,15 @@ impl Machine for Fake {
         Ok(())
     }
 
+    fn stop_programs(&mut self) -> io::Result<()> {
+        assert!(!std::mem::replace(&mut self.is_stopped, true));
+        Ok(())
+    }
+
+    fn start_programs(&mut self) {
+        assert!(std::mem::take(&mut self.is_stopped));
+    }
+
     fn are_free(&mut self, first_page: u64, out: &mut [bool]) {
         self.live();
         out.copy_from_slice(&self.free[first_page as usize..][..out.len()]);
@@ -214,11 +229,25 @@ impl Write for &mut Kept {
     }
 }
 
-impl Sink for &mut Kept {
+impl Sink for StreamWriter<&mut Kept> {
     fn round(&mut self, round: Round) -> io::Result<()> {
-        self.rounds.push(round);
+        self.out().rounds.push(round);
         Ok(())
     }
+
+    fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()> {
+        StreamWriter::memory(self, address, bytes)
+    }
+}
+
+/// Copies a machine as a stream.
+fn copy(fake: &mut Fake, kept: &mut Kept) -> Result<Outcome, Failed> {
+    let mut stream = StreamWriter::start(kept, &START)?;
+    let outcome = take(fake, &START, &mut stream)?;
+    if let Outcome::Source(_, state) = &outcome {
+        stream.machine(state)?;
+    }
+    Ok(outcome)
 }
 
 /// The memory and the state that a loader makes of a stream.
@@ -249,8 +278,8 @@ pub fn restore(mut stream: &[u8]) -> (Vec<u8>, Vec<u8>) {
 /// Copies a machine with these habits and compares page by page.
 fn check(habits: Habits) -> (Fake, Kept) {
     let (mut fake, mut kept) = (Fake::new(habits), Kept::new(usize::MAX));
-    let outcome = take(&mut fake, &START, &mut kept).unwrap();
-    let Outcome::Source(taken) = outcome else { panic!("{outcome:?}") };
+    let outcome = copy(&mut fake, &mut kept).unwrap();
+    let Outcome::Source(taken, _) = outcome else { panic!("{outcome:?}") };
     let (memory, state) = restore(&kept.bytes);
     let (expect, free) = fake.instant.as_ref().unwrap();
     assert_eq!(state, STATE);
@@ -259,7 +288,7 @@ fn check(habits: Habits) -> (Fake, Kept) {
         assert!(memory[range.clone()] == expect[range], "page {page} of {habits:?}");
     }
     assert_eq!(kept.rounds.last().map(|round| round.pages), Some(taken.frozen_pages));
-    assert!(!fake.is_held && !fake.is_tracking);
+    assert!(!fake.is_held && !fake.is_tracking && !fake.is_stopped);
     (fake, kept)
 }
 
@@ -277,9 +306,9 @@ fn with_more_dirty_pages_than_freeze_takes_another_round_follows() {
     assert!(fake.freezes >= 1 && kept.rounds.len() >= 3);
     let endless = Habits { seed: 5, writes: 200, frozen_max: 1, ..QUIET };
     let mut fake = Fake::new(endless);
-    let failed = take(&mut fake, &START, &mut Kept::new(usize::MAX)).unwrap_err();
+    let failed = copy(&mut fake, &mut Kept::new(usize::MAX)).unwrap_err();
     assert!(matches!(&failed, Failed::Machine(text) if text.contains("faster")), "{failed:?}");
-    assert!(!fake.is_held && !fake.is_tracking);
+    assert!(!fake.is_held && !fake.is_tracking && !fake.is_stopped);
 }
 
 #[test]
@@ -287,12 +316,12 @@ fn whatever_fails_leaves_the_machine_as_it_was() {
     let whole = check(QUIET).1.bytes.len();
     for room in (0..whole).step_by(4099) {
         let mut fake = Fake::new(QUIET);
-        let failed = take(&mut fake, &START, &mut Kept::new(room)).unwrap_err();
+        let failed = copy(&mut fake, &mut Kept::new(room)).unwrap_err();
         assert!(matches!(failed, Failed::Sink(_)), "{failed:?}");
-        assert!(!fake.is_held && !fake.is_tracking, "cut at {room}");
+        assert!(!fake.is_held && !fake.is_tracking && !fake.is_stopped, "cut at {room}");
     }
     let mut fake = Fake::new(Habits { result: 1, ..QUIET });
-    let failed = take(&mut fake, &START, &mut Kept::new(usize::MAX)).unwrap_err();
+    let failed = copy(&mut fake, &mut Kept::new(usize::MAX)).unwrap_err();
     assert!(matches!(failed, Failed::Machine(_)), "{failed:?}");
 }
 
@@ -300,7 +329,8 @@ fn whatever_fails_leaves_the_machine_as_it_was() {
 fn the_copy_knows_itself_by_its_job() {
     let (mut fake, mut kept) =
         (Fake::new(Habits { is_copy: true, ..QUIET }), Kept::new(usize::MAX));
-    assert_eq!(take(&mut fake, &START, &mut kept).unwrap(), Outcome::Copy);
+    assert_eq!(copy(&mut fake, &mut kept).unwrap(), Outcome::Copy);
+    assert!(fake.is_stopped, "programs run before the copy is itself");
     assert_ne!(ROLE_SOURCE, ROLE_FORKED);
 }
 

@@ -6,6 +6,7 @@
 //! environment all of them N times, in the same lab.
 
 mod failures;
+mod forks;
 mod programs;
 mod snapshots;
 mod tokens;
@@ -20,13 +21,15 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 24] = [
+const CASES: [Case; 26] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
     ("own_kernel_boots_pays_stops_and_gives_change", programs::own_kernel),
     ("smp_guest_sees_its_processors", programs::processors),
     ("snapshot_wakes_up_twice", snapshots::wakes_up_twice),
+    ("forks_are_themselves", forks::are_themselves),
+    ("fork_without_room_harms_no_other", forks::without_room),
     ("node_is_as_before", programs::node_is_as_before),
     ("wrong_boot_token_is_not_answered", tokens::wrong),
     ("boot_token_of_another_node_is_not_answered", tokens::other_node),
