@@ -241,7 +241,7 @@ impl Sink for StreamWriter<&mut Kept> {
 }
 
 /// Copies a machine as a stream.
-fn copy(fake: &mut Fake, kept: &mut Kept) -> Result<Outcome, Failed> {
+pub fn copy<M: Machine>(fake: &mut M, kept: &mut Kept) -> Result<Outcome, Failed> {
     let mut stream = StreamWriter::start(kept, &START)?;
     let outcome = take(fake, &START, &mut stream)?;
     if let Outcome::Source(_, state) = &outcome {
