@@ -3,16 +3,10 @@
 //! small charges can drift away from price times meter.
 
 use onde_wire::packet::Prices;
+use onde_wire::price::SENT_MAX_PER_S;
 use onde_wire::token::BootToken;
 
 use crate::filter::{burst_bytes, is_limited};
-
-/// Bytes in a GiB.
-const GIB: u64 = 1 << 30;
-
-/// Most bytes a second that a VM can send: what one tap moves with segmentation offload on today's
-/// processors, doubled. Too low, and a VM could send for longer than its balance lasts before the next look.
-const SENT_MAX_PER_S: u64 = 4 * GIB;
 
 /// Counters of the kernel for one VM, since its start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

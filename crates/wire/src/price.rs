@@ -10,6 +10,11 @@ const SECOND_US: u64 = 1_000_000;
 /// Bytes in a GiB.
 const GIB: u64 = 1 << 30;
 
+/// Most bytes a second that a VM can send: what one tap moves with segmentation offload on today's
+/// processors, doubled. Too low, and a VM could send for longer than its balance lasts before the node's next
+/// look, and customers would take an honest node for a cheat.
+pub const SENT_MAX_PER_S: u64 = 4 * GIB;
+
 impl Prices {
     /// What all that was used since the start costs, micro-tokens: the sum of used x price / unit, each rounded down
     /// once.

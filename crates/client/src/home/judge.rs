@@ -5,10 +5,9 @@
 //! that lies about those sells a slow machine at its price list's price, and `--while` is what notices.
 
 use onde_wire::packet::{JobStatus, Prices};
+use onde_wire::price::SENT_MAX_PER_S;
 use std::time::Duration;
 
-/// Most bytes a second that a VM can send, as nodes count on it.
-const SENT_MAX_PER_S: u64 = 4 << 30;
 /// A node's clock and this one may differ by this much, and by one part in [`DRIFT`] of the time. Less, and an answer
 /// that was long on its way would make an honest node a cheat.
 const CLOCK_SLACK_MS: u64 = 10_000;
