@@ -114,7 +114,8 @@ mod tests {
     /// A purse of tokens 31 to 50 with so many shown, looked at with so many seconds left.
     fn check(stage: Stage, seconds_left: u64, shown: u32, expect: Option<u32>) {
         let purse = Purse { shown, last: 50, lot: 9, value: SEED };
-        let meter = Meter { stage, seconds_left, balance_micro: 0, burn_micro_per_s: 0 };
+        let (balance_micro, burn_micro_per_s, purge_s) = (0, 0, seconds_left);
+        let meter = Meter { stage, seconds_left, purge_s, balance_micro, burn_micro_per_s };
         let token = next(&purse, &meter);
         assert_eq!(token.map(|token| token.index), expect);
         if let Some(token) = token {

@@ -54,6 +54,7 @@ impl NodeError {
                     Some("boot tokens are shown within minutes of the sale; buy again")
                 }
                 Status::NodeFault => Some("nothing was charged; try another node"),
+                Status::Unpaid => Some("pay first: onde pay JOB N"),
                 _ => None,
             },
         }
@@ -87,6 +88,9 @@ fn words(status: Status) -> &'static str {
         Status::TooManySteps => "the payment token skips too many others",
         Status::NodeFault => "it failed at its own work",
         Status::Resumed => "the VM runs",
+        Status::NoDisk => "it has no disk to keep this VM on",
+        Status::Unpaid => "the job's balance does not cover that",
+        Status::NotYet => "the VM is still being booted",
     }
 }
 
@@ -165,6 +169,23 @@ impl Handle {
     ) -> Result<[u8; CERTIFICATE_SIZE], NodeError> {
         match self.ask(echo, request, policy)? {
             Reply::Stop(certificate) => Ok(certificate),
+            other => Err(refused(self.node, &other)),
+        }
+    }
+
+    /// Has the VM saved to the node's disk. Under way when this returns, and done when the stage says so; again: no
+    /// harm.
+    pub fn suspend(&self, echo: &mut impl Exchange) -> Result<JobStatus, NodeError> {
+        match self.ask(echo, &Request::Suspend, Policy::default())? {
+            Reply::Suspend(status) => Ok(status),
+            other => Err(refused(self.node, &other)),
+        }
+    }
+
+    /// Wakes a saved VM up. Under way when this returns, and done when the stage says so; again: no harm.
+    pub fn wake(&self, echo: &mut impl Exchange) -> Result<JobStatus, NodeError> {
+        match self.ask(echo, &Request::Wake, Policy::default())? {
+            Reply::Wake(status) => Ok(status),
             other => Err(refused(self.node, &other)),
         }
     }

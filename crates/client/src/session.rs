@@ -101,6 +101,7 @@ impl Remote {
 pub struct Session<D> {
     dial: D,
     patience: Duration,
+    sleeps: Box<dyn FnMut() -> bool + Send>,
     outbox: Arc<Outbox>,
     client: u64,
 }
@@ -136,7 +137,12 @@ impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
     pub fn new(dial: D, patience: Duration) -> Self {
         // Without random numbers there is no channel either: that error will tell.
         let client = getrandom::u64().unwrap_or(0);
-        Self { dial, patience, outbox: Arc::default(), client }
+        Self { dial, patience, sleeps: Box::new(|| false), outbox: Arc::default(), client }
+    }
+
+    /// A session that waits on, beyond its patience, while `sleeps` says that the guest is on its node's disk.
+    pub fn while_asleep(self, sleeps: impl FnMut() -> bool + Send + 'static) -> Self {
+        Self { sleeps: Box::new(sleeps), ..self }
     }
 
     /// To signal, resize and detach while the session runs.
@@ -206,7 +212,7 @@ impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
     fn connect(&mut self, broken: Option<io::Error>) -> Result<Option<Channel>, SessionError> {
         let grace = Duration::from_millis(GRACE_MS);
         let patience = if broken.is_some() { grace } else { self.patience };
-        let (start, mut pause) = (Instant::now(), PAUSE_MIN);
+        let (mut start, mut pause) = (Instant::now(), PAUSE_MIN);
         loop {
             let error = match (self.dial)() {
                 Ok(channel) => return Ok(Some(channel)),
@@ -214,6 +220,9 @@ impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
             };
             if self.outbox.is_detaching() {
                 return Ok(None);
+            }
+            if start.elapsed() >= patience && (self.sleeps)() {
+                start = Instant::now();
             }
             if matches!(error, ChannelError::Foreign { .. }) || start.elapsed() >= patience {
                 return Err(match broken {

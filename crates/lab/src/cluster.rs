@@ -34,12 +34,17 @@ pub fn read(file: &Path) -> Result<Vec<u8>> {
     fs::read(file).with_context(|| format!("cannot read {}", file.display()))
 }
 
+/// How long a VM that runs dry is kept, seconds: long enough for somebody who looks on to pay, short enough for
+/// somebody who waits to see it go.
+const KEEP_S: u32 = 45;
+
 fn text(secret: &[u8; 32]) -> String {
     let hex: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
     let mut text = format!("secret={hex}\nnetwork={NETWORK}\n");
     for (name, price) in PRICES {
         text.push_str(&format!("price.{name}={price}\n"));
     }
+    text.push_str(&format!("keep_s={KEEP_S}\n"));
     text
 }
 

@@ -15,8 +15,9 @@ use crate::programs;
 
 /// Modules that a node loads, where its kernel has them; what they need comes along. The processor
 /// decides which of the two for KVM will load.
-const MODULES: [&str; 12] = [
+const MODULES: [&str; 13] = [
     "virtio_pci",
+    "virtio_blk",
     "virtio_net",
     "virtio_rng",
     "virtio_console",

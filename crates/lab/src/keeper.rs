@@ -121,7 +121,9 @@ impl Keeper {
 
     fn boot(&mut self, number: u8) -> Result<()> {
         let image = self.dir.join(lab::IMAGE);
-        let qemu = qemu::command(number, &self.shape, self.accelerator, &self.kernel, &image)?;
+        let scratch = self.dir.join(lab::scratch(number));
+        let (shape, accelerator) = (&self.shape, self.accelerator);
+        let qemu = qemu::command(number, shape, accelerator, &self.kernel, &image, &scratch)?;
         self.nodes[usize::from(number) - 1].start(qemu)
     }
 

@@ -46,6 +46,11 @@ pub(crate) fn console(node: u8) -> String {
     format!("console-{node}.log")
 }
 
+/// Name of the file behind a node's scratch device.
+pub(crate) fn scratch(node: u8) -> String {
+    format!("scratch-{node}")
+}
+
 /// The folder of the default lab: `$ONDE_LAB_DIR`, else `$XDG_STATE_HOME/onde/lab`, else
 /// `~/.local/state/onde/lab`.
 pub fn default_dir() -> Result<PathBuf> {

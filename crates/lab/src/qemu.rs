@@ -5,7 +5,7 @@ use std::fs::OpenOptions;
 use std::path::Path;
 use std::process::Command;
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
 use crate::kernel::KernelCache;
 use crate::network;
@@ -13,6 +13,8 @@ use crate::programs;
 use crate::status::Shape;
 
 const QEMU: &str = "qemu-system-x86_64";
+/// Bytes of a node's scratch device; its file takes only what the node writes there.
+const SCRATCH_SIZE: u64 = 2 << 30;
 
 /// What runs the nodes' processors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +62,9 @@ pub fn command(
     accelerator: Accelerator,
     kernel: &KernelCache,
     image: &Path,
+    scratch: &Path,
 ) -> Result<Command> {
+    make_scratch(scratch)?;
     let mut qemu = tied(programs::required(QEMU)?.as_os_str());
     qemu.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-M", "q35"])
         .args(accelerator.options())
@@ -68,6 +72,7 @@ pub fn command(
         .args(["-chardev", "stdio,id=console,signal=off", "-serial", "chardev:console"])
         .args(["-netdev", &netdev(node), "-device", &card(node)])
         .args(["-device", "virtio-rng-pci"])
+        .args(["-drive", &drive(scratch), "-device", "virtio-blk-pci,drive=scratch"])
         .args(["-append", &command_line(node, accelerator)])
         .arg("-kernel")
         .arg(&kernel.vmlinux)
@@ -78,7 +83,7 @@ pub fn command(
 
 fn command_line(node: u8, accelerator: Accelerator) -> String {
     // A kernel that panics resets, which ends its QEMU, which the keeper sees.
-    let mut line = format!("console=ttyS0 quiet panic=-1 onde.node={node}");
+    let mut line = format!("console=ttyS0 quiet panic=-1 onde.node={node} onde.scratch=vda");
     if accelerator == Accelerator::Tcg {
         // An emulated processor has no side channels to close, and its time stamp counter is the
         // host's: sparing both kinds of caution saves a fifth of the boot.
@@ -87,6 +92,20 @@ fn command_line(node: u8, accelerator: Accelerator) -> String {
         line.push_str(&format!(" tsc_early_khz={}", onde_sys::tsc::khz()));
     }
     line
+}
+
+/// A file as large as a node's scratch device and with nothing in it.
+fn make_scratch(scratch: &Path) -> Result<()> {
+    let file = OpenOptions::new().write(true).create(true).truncate(true).open(scratch);
+    let made = file.and_then(|file| file.set_len(SCRATCH_SIZE));
+    made.with_context(|| format!("cannot write {}", scratch.display()))
+}
+
+/// What is on it is worth nothing after a crash: the host need not write it down.
+fn drive(scratch: &Path) -> String {
+    // A comma in a value is doubled.
+    let file = scratch.display().to_string().replace(',', ",,");
+    format!("file={file},format=raw,if=none,id=scratch,cache=unsafe,discard=unmap")
 }
 
 fn netdev(node: u8) -> String {

@@ -19,6 +19,14 @@ pub fn held_mib(mem_mib: u32) -> u32 {
     mem_mib + HELD_BASE_MIB + mem_mib / HELD_SHARE
 }
 
+/// Disk that a VM of `mem_mib` takes when it is saved, MiB at most: its RAM with 24 bytes for each 128 KiB, and its state
+/// (4 MiB at most). Also the size of the file, which its VMM cannot make larger.
+pub fn saved_mib(mem_mib: u32) -> u32 {
+    mem_mib + mem_mib / SAVED_SHARE + SAVED_BASE_MIB
+}
+
+const SAVED_BASE_MIB: u32 = 5;
+const SAVED_SHARE: u32 = 4096;
 const HELD_BASE_MIB: u32 = 24;
 const HELD_SHARE: u32 = 64;
 
@@ -46,11 +54,11 @@ pub fn check(config: &Config, token: &BootToken, now_ms: u64) -> Result<(), Stat
     if !sane {
         return Err(Status::BadLimits);
     }
-    // A VM that uses more processors at once than there are would only wait for itself. No node has disks yet.
-    if token.vcpus > config.cpus || token.disk_mib > 0 {
+    // A VM that uses more processors at once than there are would only wait for itself.
+    if token.vcpus > config.cpus || token.disk_mib > config.disk_mib {
         return Err(Status::NoRoom);
     }
-    if token.first_count == 0 && burn_max(&config.prices, token) > 0 {
+    if token.first_count == 0 && burn_max(&config.terms.prices, token) > 0 {
         return Err(Status::BadPayment);
     }
     Ok(())

@@ -1,5 +1,5 @@
 //! Control groups (version 2, Documentation/admin-guide/cgroup-v2.rst): one for each VM, with its limits and its
-//! processor time. Called by [`crate::vm`]. Never moves a process after it has started.
+//! processor time. Called by [`crate::vm`]. Never moves a VM's process after it has started.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -25,6 +25,7 @@ pub struct Cgroup {
     path: PathBuf,
     folder: File,
     cpu_stat: File,
+    is_capped: bool,
 }
 
 impl Cgroups {
@@ -42,6 +43,7 @@ impl Cgroups {
         let folder = parent.join(name);
         if is_capped {
             enable(&parent)?;
+            stay_in_memory(&parent)?;
         }
         bury_the_dead(&parent);
         fs::create_dir_all(&folder)?;
@@ -62,7 +64,7 @@ impl Cgroups {
         fs::create_dir(&path)?;
         let folder = File::open(&path)?;
         let cpu_stat = File::open(path.join("cpu.stat"))?;
-        let group = Cgroup { path, folder, cpu_stat };
+        let group = Cgroup { path, folder, cpu_stat, is_capped: self.is_capped };
         if self.is_capped {
             group.cap(mem_mib, vcpus).inspect_err(|_| {
                 group.remove();
@@ -76,6 +78,28 @@ impl Drop for Cgroups {
     fn drop(&mut self) {
         // It stays only if a VM's process does, which the kernel is killing.
         let _ = fs::remove_dir(&self.folder);
+    }
+}
+
+/// Keeps this program and `packetd` out of swap: they answer at once, and their keys stay off the scratch device.
+/// The first process leaves the root group for that, which nobody can limit.
+fn stay_in_memory(parent: &Path) -> io::Result<()> {
+    let leaf = parent.join("noded");
+    if std::process::id() == 1 {
+        fs::create_dir_all(&leaf)?;
+        fs::write(leaf.join("cgroup.procs"), "1")?;
+    }
+    // A service that shares a group with others is its host's affair.
+    if leaf.exists() { set_swap(&leaf, false) } else { Ok(()) }
+}
+
+fn set_swap(group: &Path, allowed: bool) -> io::Result<()> {
+    let limit = if allowed { "max" } else { "0" };
+    let file = File::options().write(true).open(group.join("memory.swap.max"));
+    match file.and_then(|mut file| file.write_all(limit.as_bytes())) {
+        // A kernel without swap accounting has no such file, and then no swap that matters.
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        other => other,
     }
 }
 
@@ -136,10 +160,14 @@ impl Cgroup {
         set("memory.oom.group", "1".into())?;
         set("cpu.max", format!("{} {CPU_PERIOD_US}", u64::from(vcpus) * CPU_PERIOD_US))?;
         set("pids.max", (u32::from(vcpus) + THREADS_BESIDE_VCPUS).to_string())?;
-        match set("memory.swap.max", "0".into()) {
-            // A kernel without swap accounting has no such file, and then no swap that matters.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-            other => other,
+        Ok(())
+    }
+
+    /// Lets the kernel move its memory to swap, or no more: what is there comes back as it is used.
+    pub fn swap(&self, allowed: bool) -> io::Result<()> {
+        match self.is_capped {
+            true => set_swap(&self.path, allowed),
+            false => Ok(()),
         }
     }
 

@@ -17,6 +17,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use crate::cgroup::Cgroups;
 use crate::filter::Filter;
+use crate::meter::Terms;
 use crate::node::{Config, Node};
 use crate::packetd::Packetd;
 use crate::run::Loop;
@@ -90,6 +91,8 @@ pub struct Settings {
     pub cgroup: String,
     /// Whether VMs have to be capped by their cgroups.
     pub is_capped: bool,
+    /// Disk for VMs, MiB: there is as much swap.
+    pub disk_mib: u32,
 }
 
 /// Reads a cluster file.
@@ -110,11 +113,12 @@ impl Settings {
         let packetd = Packetd::new(open(&self.programs.packetd)?, self.setup(&config)?);
         let node = Node::new(config);
         println!(
-            "onde: node {} at {}, bridge {}, {} MiB and {} processors for VMs",
+            "onde: node {} at {}, bridge {}, {} MiB, {} MiB of disk and {} processors for VMs",
             config.number,
             std::net::Ipv4Addr::from(config.plan.node(config.number)),
             self.bridge.to_string_lossy(),
             config.mem_mib,
+            config.disk_mib,
             config.cpus,
         );
         let joined = World::new(place, packetd).and_then(|world| Loop::new(node, world, signals));
@@ -143,9 +147,10 @@ impl Settings {
             incarnation,
             node_key: key::node_key(&self.cluster.secret, &node),
             plan,
-            prices: self.cluster.prices,
+            terms: Terms { prices: self.cluster.prices, keep_s: self.cluster.keep_s },
             cpus: cpus.try_into().unwrap_or(u16::MAX),
             mem_mib: memory_mib().map_err(Trouble::at("/proc/meminfo", ""))?,
+            disk_mib: self.disk_mib,
         })
     }
 

@@ -13,6 +13,7 @@ use rustix::system::{RebootCommand, finit_module, reboot};
 
 use crate::host::{Programs, Settings, Trouble, make_bridge, mount_empty, read_cluster};
 use crate::run::{self, Outcome};
+use crate::scratch;
 
 /// Name of the bridge.
 const BRIDGE: &CStr = c"onde0";
@@ -46,9 +47,10 @@ fn live() -> Result<Outcome, Trouble> {
     let made = make_bridge(&links, BRIDGE, &card);
     let mac = made.map_err(Trouble::at(format!("bridge with {card:?}"), ""))?;
     mount_empty(EMPTY)?;
+    let cmdline = fs::read_to_string("/proc/cmdline").unwrap_or_default();
     let settings = Settings {
         cluster: read_cluster(Path::new("/etc/onde/cluster"))?,
-        number: number(&fs::read_to_string("/proc/cmdline").unwrap_or_default()),
+        number: number(&cmdline),
         bridge: BRIDGE.into(),
         mac,
         programs: Programs {
@@ -59,6 +61,7 @@ fn live() -> Result<Outcome, Trouble> {
         empty: EMPTY.into(),
         cgroup: "onde".into(),
         is_capped: true,
+        disk_mib: disk_mib(&cmdline),
     };
     settings.start(signals)?.run().map_err(Trouble::at("the loop", ""))
 }
@@ -66,6 +69,15 @@ fn live() -> Result<Outcome, Trouble> {
 /// `onde.node=N` on the kernel's command line.
 fn number(cmdline: &str) -> Option<u32> {
     cmdline.split_whitespace().find_map(|word| word.strip_prefix("onde.node=")?.parse().ok())
+}
+
+/// Disk for VMs on the scratch device, MiB. A node without one keeps nobody whose tokens have run out.
+fn disk_mib(cmdline: &str) -> u32 {
+    let Some(name) = scratch::name(cmdline) else { return 0 };
+    scratch::open(&Path::new("/dev").join(name)).unwrap_or_else(|error| {
+        println!("onde: scratch device {name}: {error}; there is no disk for VMs");
+        0
+    })
 }
 
 fn mount_all() -> Result<(), Trouble> {

@@ -6,6 +6,7 @@
 
 pub mod admission;
 pub mod cgroup;
+pub mod files;
 pub mod filter;
 pub mod host;
 pub mod init;
@@ -17,6 +18,7 @@ pub mod packetd;
 pub mod run;
 #[cfg(test)]
 mod samples;
+pub mod scratch;
 pub mod service;
 pub mod vm;
 pub mod world;

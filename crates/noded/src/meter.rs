@@ -1,6 +1,6 @@
-//! What a VM used and what that costs, in whole micro-tokens. Pure arithmetic: the cost is always computed
-//! from all that was used since the start, each component rounded down once, so that no sum of
-//! small charges can drift away from price times meter.
+//! What a VM used and what that costs, in whole micro-tokens. Pure arithmetic: meters only grow, in whole numbers, and
+//! the cost is always computed from all that was used since the start, each component rounded down once, so that no sum
+//! of small charges can drift away from price times meter.
 
 use onde_wire::packet::Prices;
 use onde_wire::price::SENT_MAX_PER_S;
@@ -8,13 +8,52 @@ use onde_wire::token::BootToken;
 
 use crate::filter::{burst_bytes, is_limited};
 
-/// Counters of the kernel for one VM, since its start.
+/// Bytes in a GiB.
+const GIB: u64 = 1 << 30;
+
+/// What a node charges, and what it promises for that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// The price list.
+    pub prices: Prices,
+    /// How long a VM that runs dry is kept on disk, seconds; it pays for that time before.
+    pub keep_s: u32,
+}
+
+/// Counters of the kernel for one VM, since its process was started.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reading {
     /// Processor time of its cgroup, microseconds.
     pub cpu_us: u64,
     /// Bytes that its tap took from it and let pass.
     pub sent_bytes: u64,
+}
+
+impl Reading {
+    /// What was used since an earlier reading; nothing where the kernel's counters ran backwards.
+    pub fn since(&self, earlier: &Self) -> Self {
+        Self {
+            cpu_us: self.cpu_us.saturating_sub(earlier.cpu_us),
+            sent_bytes: self.sent_bytes.saturating_sub(earlier.sent_bytes),
+        }
+    }
+
+    /// The larger of both, counter by counter.
+    pub fn max(&self, other: &Self) -> Self {
+        Self {
+            cpu_us: self.cpu_us.max(other.cpu_us),
+            sent_bytes: self.sent_bytes.max(other.sent_bytes),
+        }
+    }
+}
+
+/// What a VM holds, whether it runs or not, MiB.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Held {
+    /// Memory.
+    pub mem_mib: u32,
+    /// Disk.
+    pub disk_mib: u32,
 }
 
 /// All that a VM used since its start.
@@ -31,13 +70,13 @@ pub struct Meters {
 }
 
 impl Meters {
-    /// The meters of a VM of this shape at this age. Never runs backwards, whatever the kernel's counters say.
-    pub fn advance(&mut self, shape: &BootToken, age_ms: u64, reading: Reading) {
-        let held = |mib: u32| age_ms.saturating_mul(mib.into());
-        self.cpu_us = self.cpu_us.max(reading.cpu_us);
-        self.mem_mib_ms = self.mem_mib_ms.max(held(shape.mem_mib));
-        self.sent_bytes = self.sent_bytes.max(reading.sent_bytes);
-        self.disk_mib_ms = self.disk_mib_ms.max(held(shape.disk_mib));
+    /// Adds what was held for so long, and what was used meanwhile.
+    pub fn add(&mut self, time_ms: u64, held: Held, used: Reading) {
+        let of = |mib: u32| time_ms.saturating_mul(mib.into());
+        self.cpu_us = self.cpu_us.saturating_add(used.cpu_us);
+        self.mem_mib_ms = self.mem_mib_ms.saturating_add(of(held.mem_mib));
+        self.sent_bytes = self.sent_bytes.saturating_add(used.sent_bytes);
+        self.disk_mib_ms = self.disk_mib_ms.saturating_add(of(held.disk_mib));
     }
 
     /// What all this costs, micro-tokens.
@@ -46,9 +85,9 @@ impl Meters {
     }
 }
 
-/// Micro-tokens a second for what a VM holds even while it does nothing, rounded up.
-pub fn burn_held(prices: &Prices, shape: &BootToken) -> u64 {
-    prices.held_micro_per_s(shape.mem_mib, shape.disk_mib)
+/// Micro-tokens a second for what is held even while nothing is done, rounded up.
+pub fn burn_held(prices: &Prices, held: Held) -> u64 {
+    prices.held_micro_per_s(held.mem_mib, held.disk_mib)
 }
 
 /// Most bytes that a VM of this shape can send in a second.
@@ -57,6 +96,11 @@ fn sent_max(shape: &BootToken) -> u64 {
         rate if is_limited(rate) => u64::from(rate) * 1024 + burst_bytes(rate),
         _ => SENT_MAX_PER_S,
     }
+}
+
+/// What a VM of this shape holds while it runs.
+pub fn held_running(shape: &BootToken) -> Held {
+    Held { mem_mib: shape.mem_mib, disk_mib: shape.disk_mib }
 }
 
 /// The most micro-tokens a second that a VM of this shape can cost, rounded up.
@@ -68,11 +112,11 @@ pub fn burn_max(prices: &Prices, shape: &BootToken) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::samples::{PRICES, token};
+    use crate::samples::{Dice, PRICES, token};
 
-    fn check(age_ms: u64, cpu_us: u64, sent_bytes: u64, expect_micro: u64) {
+    fn check(time_ms: u64, cpu_us: u64, sent_bytes: u64, expect_micro: u64) {
         let mut meters = Meters::default();
-        meters.advance(&token(1), age_ms, Reading { cpu_us, sent_bytes });
+        meters.add(time_ms, held_running(&token(1)), Reading { cpu_us, sent_bytes });
         assert_eq!(meters.cost_micro(&PRICES), expect_micro, "{meters:?}");
     }
 
@@ -91,21 +135,55 @@ mod tests {
     fn a_cost_beyond_all_bounds_is_the_largest_number() {
         let used = Meters { cpu_us: u64::MAX, sent_bytes: u64::MAX, ..Meters::default() };
         assert_eq!(used.cost_micro(&Prices { vcpu_s: u64::MAX, gib_sent: 1, ..PRICES }), u64::MAX);
+        let mut full = Meters { mem_mib_ms: u64::MAX, ..used };
+        full.add(u64::MAX, held_running(&token(1)), Reading { cpu_us: 1, sent_bytes: 1 });
+        assert_eq!(full.mem_mib_ms, u64::MAX);
     }
 
+    /// However a run is cut into looks, whatever it held and used in each: the charges add up to price times meter,
+    /// each of the four rounded down once.
     #[test]
-    fn many_small_steps_cost_what_one_large_step_costs() {
-        let (mut stepped, shape) = (Meters::default(), token(1));
-        let mut charged = 0;
-        for i in 1..=977 {
-            stepped.advance(&shape, i * 13, Reading { cpu_us: i * 7, sent_bytes: i * 999 });
-            let cost = stepped.cost_micro(&PRICES);
-            assert!(cost >= charged, "a meter ran backwards");
-            charged = cost;
+    fn the_sum_of_charges_is_price_times_meter() {
+        for seed in 0..300 {
+            let mut dice = Dice(seed);
+            let prices = Prices {
+                vcpu_s: dice.throw(3_000_000),
+                gib_s: dice.throw(3_000_000),
+                gib_sent: dice.throw(9_000_000),
+                disk_gib_s: dice.throw(3_000_000),
+            };
+            let (mut meters, mut charged) = (Meters::default(), 0);
+            // Kept apart, in wider numbers: what was used, and the sums of its shares of a micro-token.
+            let mut expect = [0u128; 4];
+            for _ in 0..500 {
+                let time_ms = dice.throw(1500);
+                let held = Held {
+                    mem_mib: dice.throw(70_000) as u32,
+                    disk_mib: dice.throw(70_000) as u32,
+                };
+                let used = Reading {
+                    cpu_us: dice.throw(64_000_000),
+                    sent_bytes: dice.throw(5_000_000_000),
+                };
+                meters.add(time_ms, held, used);
+                let cost = meters.cost_micro(&prices);
+                assert!(cost >= charged, "a charge was taken back, seed {seed}");
+                charged = cost;
+                let mib_ms = |mib: u32| u128::from(mib) * u128::from(time_ms);
+                let shares = [
+                    (u128::from(used.cpu_us), prices.vcpu_s),
+                    (mib_ms(held.mem_mib), prices.gib_s),
+                    (u128::from(used.sent_bytes), prices.gib_sent),
+                    (mib_ms(held.disk_mib), prices.disk_gib_s),
+                ];
+                for (sum, (amount, price)) in expect.iter_mut().zip(shares) {
+                    *sum += amount * u128::from(price);
+                }
+            }
+            let units = [1_000_000, 1_024_000, 1 << 30, 1_024_000];
+            let exact: u128 = expect.iter().zip(units).map(|(sum, unit)| sum / unit).sum();
+            assert_eq!(u128::from(charged), exact, "seed {seed}");
         }
-        let mut once = Meters::default();
-        once.advance(&shape, 977 * 13, Reading { cpu_us: 977 * 7, sent_bytes: 977 * 999 });
-        assert_eq!(charged, once.cost_micro(&PRICES));
     }
 
     #[test]
@@ -114,8 +192,16 @@ mod tests {
         let mut meters = Meters::default();
         let busiest =
             Reading { cpu_us: 1_000_000 * u64::from(shape.vcpus), sent_bytes: SENT_MAX_PER_S };
-        meters.advance(&shape, 1000, busiest);
+        meters.add(1000, held_running(&shape), busiest);
         assert!(meters.cost_micro(&PRICES) <= burn_max(&PRICES, &shape));
-        assert!(burn_held(&PRICES, &shape) == 25_000);
+        assert!(burn_held(&PRICES, held_running(&shape)) == 25_000);
+    }
+
+    #[test]
+    fn counters_that_run_backwards_cost_nothing() {
+        let (high, low) =
+            (Reading { cpu_us: 9, sent_bytes: 2 }, Reading { cpu_us: 3, sent_bytes: 4 });
+        assert_eq!(low.since(&high), Reading { cpu_us: 0, sent_bytes: 2 });
+        assert_eq!(low.max(&high), Reading { cpu_us: 9, sent_bytes: 4 });
     }
 }

@@ -1,23 +1,25 @@
 //! The node as pure state: who lives here, what each job paid, what has to happen next. [`Node::step`] takes
 //! an event and returns what the world is to do; [`crate::world`] does it, or a simulation pretends to.
-//! Never looks at a clock, a descriptor or a random number.
+//! Never looks at a clock, a descriptor or a random number. [`keeping`] has the way to disk and back.
 
-use std::collections::BTreeMap;
+mod keeping;
+
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 
 use onde_wire::handover::COOKIE_SIZE;
 use onde_wire::key::{self, Key};
 use onde_wire::machine::{Identity, Meter, VmmCommand, VmmEvent};
 use onde_wire::packet::{
-    Booted, CONSOLE_SLICE_MAX, ConsoleSlice, EndReason, Hello, Op, Packet, Paid, Party, Prices,
-    Reply, Request, Status,
+    Booted, CONSOLE_SLICE_MAX, ConsoleSlice, EndReason, Hello, Op, Packet, Paid, Party, Reply,
+    Request, Status,
 };
 use onde_wire::plan::{self, Plan, SLOTS_MAX};
 use onde_wire::token::{BootToken, Incarnation, JobId, NodeId};
 
 use crate::admission;
-use crate::job::Job;
-use crate::meter::Reading;
+use crate::job::{Job, Verdict};
+use crate::meter::{Reading, Terms};
 
 /// Most records kept: with 1.3 KiB each and the console's last words, 40 MiB at most. A node that ends more jobs
 /// than this in an hour forgets the oldest whose boot token has expired, so none can be replayed.
@@ -42,12 +44,14 @@ pub struct Config {
     pub node_key: [u8; 32],
     /// The address plan.
     pub plan: Plan,
-    /// What it charges.
-    pub prices: Prices,
+    /// What it charges, and promises for that.
+    pub terms: Terms,
     /// Processors.
     pub cpus: u16,
     /// Memory for VMs, MiB.
     pub mem_mib: u32,
+    /// Disk for VMs, MiB.
+    pub disk_mib: u32,
 }
 
 /// `packetd`'s note of whom to answer.
@@ -84,6 +88,12 @@ pub struct Spec {
     pub vcpus: u16,
     /// Most KiB a second that it may send; 0 for no limit.
     pub net_kib_s: u32,
+    /// Its own disk, MiB; 0 for none.
+    pub disk_mib: u32,
+    /// Room on disk for its machine, MiB; 0 where it cannot be saved.
+    pub saved_mib: u32,
+    /// Its files are there since before, and its machine is in one of them.
+    pub wakes: bool,
 }
 
 /// What happened.
@@ -100,8 +110,8 @@ pub enum Event {
     Read(u32, Reading),
     /// The console bytes asked for.
     Console(Caller, ConsoleSlice),
-    /// The VM's process is dead and all that it held is free.
-    Gone(u32, Tail),
+    /// The VM's process is dead and all that it held is free, but for its files; its machine takes so many MiB of them.
+    Gone(u32, Tail, u32),
     /// It is time ([`Node::wake_ms`]).
     Timer,
 }
@@ -114,8 +124,12 @@ pub enum Effect {
     Reply(Cookie, Packet),
     /// Make a VM and say [`Event::Created`].
     Create(u32, Spec),
-    /// Kill a VM, free all that it held, and then say [`Event::Gone`].
+    /// Kill a VM, free all that it held but its files, and then say [`Event::Gone`].
     Kill(u32),
+    /// Free the files of a job that has no VM any more.
+    Forget(JobId),
+    /// Empty the file that a VM's machine was saved to: it runs.
+    Empty(u32),
     /// Read a VM's counters and say [`Event::Read`].
     Read(u32),
     /// Read a VM's console from this offset and say [`Event::Console`].
@@ -135,6 +149,12 @@ pub enum Note {
     Started(u32),
     /// Its VM is gone, and it was charged so many micro-tokens in all.
     Ended(EndReason, u64),
+    /// Its machine is on disk and takes so many MiB there.
+    Saved(u32),
+    /// Its machine is read back, in this slot.
+    Wakes(u32),
+    /// It did not wake up, and is on disk still.
+    StaysSaved,
 }
 
 impl fmt::Display for Note {
@@ -142,6 +162,9 @@ impl fmt::Display for Note {
         match self {
             Note::Started(slot) => write!(f, "starts in slot {slot}"),
             Note::Ended(reason, spent) => write!(f, "ended ({reason:?}), spent {spent}"),
+            Note::Saved(mib) => write!(f, "is on disk, {mib} MiB"),
+            Note::Wakes(slot) => write!(f, "wakes up in slot {slot}"),
+            Note::StaysSaved => write!(f, "does not wake up and stays on disk"),
         }
     }
 }
@@ -165,6 +188,9 @@ pub struct Node {
     /// The slot to try first: a slot's address rests as long as it can.
     next_slot: u32,
     mem_mib_free: u32,
+    disk_mib_free: u32,
+    /// Jobs whose machine is on disk.
+    saved: BTreeSet<JobId>,
     sweep_ms: u64,
 }
 
@@ -179,6 +205,8 @@ impl Node {
             slots: vec![None; SLOTS_MAX as usize],
             next_slot: 0,
             mem_mib_free: config.mem_mib,
+            disk_mib_free: config.disk_mib,
+            saved: BTreeSet::new(),
             sweep_ms: 0,
             config,
         }
@@ -194,17 +222,19 @@ impl Node {
             uptime_ms: now_ms,
             mem_mib: self.config.mem_mib,
             mem_mib_free: admission::fits_mib(self.mem_mib_free),
+            disk_mib: self.config.disk_mib,
+            disk_mib_free: self.disk_mib_free,
             cpus: self.config.cpus,
             slots_free: free as u16,
-            prices: self.config.prices,
+            prices: self.config.terms.prices,
         };
         Reply::Hello(hello).emit(0, &[0; 16], &self.key)
     }
 
     /// When [`Event::Timer`] is due; `None` while nobody lives here.
     pub fn wake_ms(&self) -> Option<u64> {
-        let going = self.slots.iter().flatten().map(|id| &self.jobs[id].job);
-        going.filter(|job| job.is_going()).map(Job::due_ms).min()
+        let there = self.slots.iter().flatten().chain(&self.saved).map(|id| &self.jobs[id].job);
+        there.filter(|job| job.is_going()).map(Job::due_ms).min()
     }
 
     /// Takes in an event and returns what is to be done, in this order. `now_ms` is the uptime and never
@@ -216,7 +246,7 @@ impl Node {
             Event::Vmm(slot, event) => self.vmm(now_ms, slot, event),
             Event::Read(slot, reading) => self.charge(now_ms, slot, reading),
             Event::Console(caller, slice) => vec![self.reply(&caller, &Reply::Console(slice))],
-            Event::Gone(slot, tail) => self.gone(now_ms, slot, tail),
+            Event::Gone(slot, tail, saved_mib) => self.gone(now_ms, slot, tail, saved_mib),
             Event::Timer => self.timer(now_ms),
         }
     }
@@ -241,7 +271,7 @@ impl Node {
             // `packetd` answers HELLO itself.
             Request::Hello | Request::Boot(..) => vec![],
             Request::Pay(token) => match record.job.pay(now_ms, &token) {
-                Ok(()) => self.paid(&caller),
+                Ok(()) => self.paid(now_ms, &caller),
                 Err(status) => vec![self.reply(&caller, &refused(status))],
             },
             Request::Status => {
@@ -253,6 +283,8 @@ impl Node {
                 vec![self.reply(&caller, &refused(Status::Resumed))]
             }
             Request::Stop(_) => self.stop(now_ms, caller),
+            Request::Suspend => self.suspend(now_ms, &caller),
+            Request::Wake => self.wake(now_ms, &caller),
         }
     }
 
@@ -261,7 +293,11 @@ impl Node {
         match known {
             Some(job) if !job.is_going() => self.refuse_boot(&caller, Status::Ended),
             Some(job) if *job.token() != token => self.refuse_boot(&caller, Status::BadLimits),
-            Some(job) => vec![self.reply(&caller, &self.booted(job))],
+            Some(job) => match job.slot().filter(|_| !job.is_saved()) {
+                Some(slot) => vec![self.reply(&caller, &self.booted(job, slot))],
+                // Where mstrap was there is nobody to talk to any more.
+                None => self.refuse_boot(&caller, Status::Ended),
+            },
             None => match self.admit(now_ms, &token) {
                 Ok(slot) => self.create(now_ms, caller, token, slot),
                 Err(status) => self.refuse_boot(&caller, status),
@@ -273,42 +309,62 @@ impl Node {
         vec![self.reply(caller, &Reply::Refused(Op::Boot, status))]
     }
 
-    fn booted(&self, job: &Job) -> Reply {
-        let ipv4 = self.config.plan.mstrap(self.config.number, job.slot());
+    fn booted(&self, job: &Job, slot: u32) -> Reply {
+        let ipv4 = self.config.plan.mstrap(self.config.number, slot);
         Reply::Boot(Booted { mac: plan::mac(ipv4), ipv4, balance_micro: job.balance_micro() })
     }
 
     /// The slot that this token's VM gets.
     fn admit(&mut self, now_ms: u64, token: &BootToken) -> Result<u32, Status> {
         admission::check(&self.config, token, now_ms)?;
-        let mut living = self.slots.iter().flatten().map(|id| self.jobs[id].job.token());
+        let there = self.slots.iter().flatten().chain(&self.saved);
+        let mut living = there.map(|id| self.jobs[id].job.token());
         if living.any(|other| other.ipv4 == token.ipv4 || other.mac == token.mac) {
             return Err(Status::BadLimits);
         }
-        if admission::held_mib(token.mem_mib) > self.mem_mib_free {
-            return Err(Status::NoMemory);
+        if token.disk_mib > self.disk_mib_free {
+            return Err(Status::NoDisk);
         }
-        let slot = (0..SLOTS_MAX)
-            .map(|i| (self.next_slot + i) % SLOTS_MAX)
-            .find(|slot| self.slots[*slot as usize].is_none());
+        let slot = self.free_slot(token)?;
         if self.jobs.len() >= JOBS_MAX && !self.forget_oldest(now_ms) {
             return Err(Status::NoRoom);
         }
-        slot.ok_or(Status::NoRoom)
+        Ok(slot)
+    }
+
+    /// A slot for a VM, where there is memory for it.
+    fn free_slot(&self, token: &BootToken) -> Result<u32, Status> {
+        if admission::held_mib(token.mem_mib) > self.mem_mib_free {
+            return Err(Status::NoMemory);
+        }
+        (0..SLOTS_MAX)
+            .map(|i| (self.next_slot + i) % SLOTS_MAX)
+            .find(|slot| self.slots[*slot as usize].is_none())
+            .ok_or(Status::NoRoom)
+    }
+
+    /// Gives a slot and its memory to a job.
+    fn occupy(&mut self, slot: u32, job: JobId, held_mib: u32) {
+        self.slots[slot as usize] = Some(job);
+        self.next_slot = (slot + 1) % SLOTS_MAX;
+        self.mem_mib_free -= held_mib;
     }
 
     fn create(&mut self, now_ms: u64, caller: Caller, token: BootToken, slot: u32) -> Vec<Effect> {
-        let spec = self.spec(&token, slot);
-        let job = Job::new(token, slot, now_ms, &self.config.prices);
+        // Room to be saved on is set aside as long as there is any: who gets none is told by STATUS.
+        let saved_mib = admission::saved_mib(token.mem_mib);
+        let fits = token.disk_mib.saturating_add(saved_mib) <= self.disk_mib_free;
+        let room_mib = if fits { saved_mib } else { 0 };
+        let spec = self.spec(&token, slot, room_mib);
+        let job = Job::new(token, slot, now_ms, &self.config.terms, room_mib);
+        self.disk_mib_free -= token.disk_mib + room_mib;
         let record = Record { job, tail: Tail::default(), boot: Some(caller), stop: None };
         self.jobs.insert(caller.job, record);
-        self.slots[slot as usize] = Some(caller.job);
-        self.next_slot = (slot + 1) % SLOTS_MAX;
-        self.mem_mib_free -= spec.held_mib;
+        self.occupy(slot, caller.job, spec.held_mib);
         vec![Effect::Create(slot, spec)]
     }
 
-    fn spec(&self, token: &BootToken, slot: u32) -> Spec {
+    fn spec(&self, token: &BootToken, slot: u32, saved_mib: u32) -> Spec {
         let boot_ipv4 = self.config.plan.mstrap(self.config.number, slot);
         let identity = Identity {
             job: token.job,
@@ -333,6 +389,9 @@ impl Node {
             held_mib,
             vcpus: token.vcpus,
             net_kib_s: token.net_kib_s,
+            disk_mib: token.disk_mib,
+            saved_mib,
+            wakes: false,
         }
     }
 
@@ -349,12 +408,14 @@ impl Node {
         if done {
             effects.push(Effect::Publish(slot, meter));
         } else {
-            record.job.end(now_ms, EndReason::Fault);
-            effects.extend(self.gone(now_ms, slot, Tail::default()));
+            if !record.job.is_waking() {
+                record.job.end(now_ms, EndReason::Fault);
+            }
+            effects.extend(self.gone(now_ms, slot, Tail::default(), 0));
         }
         if let Some(caller) = caller {
             let reply = match done {
-                true => self.booted(&self.jobs[&caller.job].job),
+                true => self.booted(&self.jobs[&caller.job].job, slot),
                 false => Reply::Refused(Op::Boot, Status::NodeFault),
             };
             effects.push(self.reply(&caller, &reply));
@@ -365,29 +426,34 @@ impl Node {
         effects
     }
 
-    /// Answers a payment, and shows the guest its new balance.
-    fn paid(&self, caller: &Caller) -> Vec<Effect> {
+    /// Answers a payment, shows the guest its new balance, and wakes it up where that was what it waited for.
+    fn paid(&mut self, now_ms: u64, caller: &Caller) -> Vec<Effect> {
         let job = &self.jobs[&caller.job].job;
         let paid = Paid { last_index: job.last_index(), balance_micro: job.balance_micro() };
-        vec![Effect::Publish(job.slot(), job.meter()), self.reply(caller, &Reply::Pay(paid))]
+        let shown = job.slot().map(|slot| Effect::Publish(slot, job.meter()));
+        let reply = self.reply(caller, &Reply::Pay(paid));
+        let woken = self.wake_by_itself(now_ms, caller.job);
+        shown.into_iter().chain([reply]).chain(woken).collect()
     }
 
     fn console(&self, caller: Caller, offset: u64) -> Vec<Effect> {
         let record = &self.jobs[&caller.job];
-        if record.job.is_there() {
-            return vec![Effect::ReadConsole(record.job.slot(), offset, caller)];
+        if let Some(slot) = record.job.slot() {
+            return vec![Effect::ReadConsole(slot, offset, caller)];
         }
         vec![self.reply(&caller, &Reply::Console(record.tail.slice(offset)))]
     }
 
     fn stop(&mut self, now_ms: u64, caller: Caller) -> Vec<Effect> {
         let Some(record) = self.jobs.get_mut(&caller.job) else { return vec![] };
-        if !record.job.is_there() {
+        if record.job.is_over() {
             return vec![self.certificate(&caller)];
         }
         record.stop = Some(caller);
-        let slot = record.job.slot();
-        self.end(now_ms, slot, EndReason::Stopped)
+        match record.job.slot() {
+            Some(slot) => self.end(now_ms, slot, EndReason::Stopped),
+            None => self.end_saved(now_ms, caller.job, EndReason::Stopped),
+        }
     }
 
     fn certificate(&self, caller: &Caller) -> Effect {
@@ -411,12 +477,7 @@ impl Node {
         let Some(record) = self.tenant(slot) else { return vec![] };
         match event {
             VmmEvent::Started => vec![],
-            // One that is to end gets no leave: it was told that it never ran.
-            VmmEvent::Resumed if !record.job.resume() => vec![],
-            VmmEvent::Resumed => vec![
-                Effect::Command(slot, VmmCommand::Go),
-                Effect::Publish(slot, record.job.meter()),
-            ],
+            VmmEvent::Resumed => self.resumed(now_ms, slot),
             VmmEvent::Pay(token) => {
                 let accepted = record.job.pay(now_ms, &token).is_ok();
                 vec![
@@ -424,6 +485,13 @@ impl Node {
                     Effect::Command(slot, VmmCommand::PayDone(accepted)),
                 ]
             }
+            VmmEvent::Saved => {
+                record.job.saved();
+                vec![Effect::Kill(slot)]
+            }
+            VmmEvent::NotSaved => self.not_saved(now_ms, slot),
+            // It never ran: its machine is on disk as it was.
+            _ if record.job.is_waking() => vec![Effect::Kill(slot)],
             VmmEvent::PowerOff => self.end(now_ms, slot, EndReason::PowerOff),
             VmmEvent::Reset => self.end(now_ms, slot, EndReason::Reset),
             VmmEvent::Fault(_) => self.end(now_ms, slot, EndReason::Fault),
@@ -431,30 +499,53 @@ impl Node {
     }
 
     fn charge(&mut self, now_ms: u64, slot: u32, reading: Reading) -> Vec<Effect> {
-        let prices = self.config.prices;
         let Some(record) = self.tenant(slot) else { return vec![] };
-        let is_empty = record.job.charge(now_ms, reading, &prices);
+        let verdict = record.job.charge(now_ms, reading);
         if !record.job.is_going() {
             return vec![];
         }
-        if is_empty {
-            record.job.end(now_ms, EndReason::OutOfTokens);
-            return vec![Effect::Kill(slot)];
+        match verdict {
+            Verdict::Goes => vec![Effect::Publish(slot, record.job.meter())],
+            Verdict::Save => self.save(now_ms, slot),
+            Verdict::Purge => {
+                record.job.end(now_ms, EndReason::OutOfTokens);
+                vec![Effect::Kill(slot)]
+            }
         }
-        vec![Effect::Publish(slot, record.job.meter())]
     }
 
-    fn gone(&mut self, now_ms: u64, slot: u32, tail: Tail) -> Vec<Effect> {
-        let Some(record) = self.tenant(slot) else { return vec![] };
-        record.job.gone(now_ms);
-        record.tail = tail;
-        let (held, caller) = (admission::held_mib(record.job.token().mem_mib), record.stop.take());
-        let ended = record.job.status(now_ms);
-        let note = Note::Ended(ended.end, ended.spent_micro);
-        let note = Effect::Note(record.job.token().job, note);
-        self.mem_mib_free += held;
+    /// A VM's process is gone: the slot is free, and the job over unless its machine is on disk.
+    fn gone(&mut self, now_ms: u64, slot: u32, tail: Tail, saved_mib: u32) -> Vec<Effect> {
+        let Some(Some(id)) = self.slots.get(slot as usize).copied() else { return vec![] };
+        let Some(record) = self.jobs.get_mut(&id) else { return vec![] };
+        let was_saved = record.job.is_saved();
+        record.job.gone(now_ms, saved_mib);
+        if !was_saved {
+            // What did not wake up wrote nothing.
+            record.tail = tail;
+        }
         self.slots[slot as usize] = None;
-        caller.map(|caller| self.certificate(&caller)).into_iter().chain([note]).collect()
+        self.mem_mib_free += admission::held_mib(record.job.token().mem_mib);
+        match record.job.is_saved() {
+            true => {
+                self.saved.insert(id);
+                let note = if was_saved { Note::StaysSaved } else { Note::Saved(saved_mib) };
+                vec![Effect::Note(id, note)]
+            }
+            false => self.over(now_ms, id),
+        }
+    }
+
+    /// A job that is over: nothing of it stays but its record.
+    fn over(&mut self, now_ms: u64, id: JobId) -> Vec<Effect> {
+        self.saved.remove(&id);
+        let Some(record) = self.jobs.get_mut(&id) else { return vec![] };
+        let caller = record.stop.take();
+        let ended = record.job.status(now_ms);
+        self.disk_mib_free += record.job.disk_mib();
+        let note = Effect::Note(id, Note::Ended(ended.end, ended.spent_micro));
+        let answer = caller.map(|caller| self.certificate(&caller));
+        [Effect::Forget(id)].into_iter().chain(answer).chain([note]).collect()
     }
 
     fn timer(&mut self, now_ms: u64) -> Vec<Effect> {
@@ -466,11 +557,12 @@ impl Node {
         for slot in 0..SLOTS_MAX {
             let Some(job) = self.tenant(slot).map(|record| &record.job) else { continue };
             if job.is_going() && job.is_late(now_ms) {
-                effects.extend(self.end(now_ms, slot, EndReason::BootTimeout));
-            } else if job.is_going() && now_ms >= job.due_ms() {
+                effects.extend(self.late(now_ms, slot));
+            } else if job.is_going() && !job.is_saved() && now_ms >= job.due_ms() {
                 effects.push(Effect::Read(slot));
             }
         }
+        effects.extend(self.charge_saved(now_ms));
         effects
     }
 
@@ -485,7 +577,7 @@ impl Node {
 impl Record {
     /// Whether the job is over for `kept_ms` and its boot token has expired.
     fn is_old(&self, now_ms: u64, kept_ms: u64) -> bool {
-        let over = !self.job.is_there() && now_ms >= self.job.ended_ms() + kept_ms;
+        let over = self.job.is_over() && now_ms >= self.job.ended_ms() + kept_ms;
         over && now_ms > self.job.token().expiry_ms
     }
 }

@@ -113,7 +113,7 @@ impl Loop {
             self.world.sweep();
             self.step(Event::Timer);
             self.world.packetd.tell(&Handover::Hello(self.node.hello(now_ms)));
-            if self.is_ready && self.world.is_empty() {
+            if self.is_ready && self.world.holds_nothing() {
                 self.inventory.look();
             }
         } else if self.node.wake_ms().is_some_and(|due| due <= now_ms) {
@@ -198,11 +198,14 @@ impl Loop {
                 if self.ending.is_none() {
                     println!("onde: packetd ended ({}) and is started again", words(status));
                 }
-            } else if let Some(event) = self.world.buried(pid) {
+                continue;
+            }
+            let events = self.world.buried(pid);
+            if !events.is_empty() {
                 self.report(pid, status);
                 self.inventory.disturb();
-                self.step(event);
             }
+            events.into_iter().for_each(|event| self.step(event));
         }
     }
 

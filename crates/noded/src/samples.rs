@@ -5,6 +5,7 @@ use onde_wire::packet::Prices;
 use onde_wire::plan::{self, Plan};
 use onde_wire::token::BootToken;
 
+use crate::meter::Terms;
 use crate::node::Config;
 
 /// The lab's price list.
@@ -17,7 +18,7 @@ pub const SEED: [u8; 32] = [7; 32];
 /// Length of the sample chain.
 pub const CHAIN: u32 = 4_200;
 
-/// Node 3 of 198.18.0.0/15 with two processors and 1 GiB for VMs.
+/// Node 3 of 198.18.0.0/15 with two processors and 1 GiB for VMs, and no disk.
 pub fn config() -> Config {
     Config {
         number: 3,
@@ -26,9 +27,10 @@ pub fn config() -> Config {
         incarnation: [5; 16],
         node_key: [6; 32],
         plan: Plan::new([198, 18, 0, 0], 15).expect("a /15"),
-        prices: PRICES,
+        terms: Terms { prices: PRICES, keep_s: 120 },
         cpus: 2,
         mem_mib: 1024,
+        disk_mib: 0,
     }
 }
 
@@ -58,5 +60,19 @@ pub fn token(number: u8) -> BootToken {
         ipv4,
         gateway: [0; 4],
         prefix_len: 15,
+    }
+}
+
+/// A few lines that give the same numbers for the same seed everywhere (SplitMix64, Steele and others, 2014).
+pub struct Dice(pub u64);
+
+impl Dice {
+    /// A number below `sides`.
+    pub fn throw(&mut self, sides: u64) -> u64 {
+        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+        (z ^ (z >> 31)) % sides
     }
 }

@@ -11,7 +11,7 @@ use crate::run;
 
 /// What `--help` prints.
 pub const USAGE: &str = "\
-Usage: noded --interface IF --cluster FILE [--node N] [--libexec DIR] [--uncapped]
+Usage: noded --interface IF --cluster FILE [--node N] [--libexec DIR] [--disk MIB] [--uncapped]
 
 Offers this host's processors and memory to the VMs of an Onde cluster.
 
@@ -20,6 +20,7 @@ Offers this host's processors and memory to the VMs of an Onde cluster.
   --cluster FILE   the cluster file
   --node N         number of this node (default: from the MAC of the interface)
   --libexec DIR    where packetd, vmm and mstrap are (default: beside noded)
+  --disk MIB       disk for VMs: how much of this host's swap they may have (default: 0)
   --uncapped       for development: go without the cgroup controllers that cap VMs
 ";
 
@@ -35,6 +36,7 @@ pub struct Arguments {
     cluster: PathBuf,
     node: Option<u32>,
     libexec: Option<PathBuf>,
+    disk_mib: u32,
     is_uncapped: bool,
 }
 
@@ -49,6 +51,9 @@ impl Arguments {
                 "--cluster" => out.cluster = value()?.into(),
                 "--libexec" => out.libexec = Some(value()?.into()),
                 "--uncapped" => out.is_uncapped = true,
+                "--disk" => {
+                    out.disk_mib = value()?.parse().map_err(|_| "--disk needs a number of MiB")?;
+                }
                 "--node" => {
                     let number = value()?.parse().map_err(|_| "--node needs a number")?;
                     out.node = Some(number);
@@ -82,6 +87,7 @@ pub fn run(arguments: Arguments) -> Result<(), Trouble> {
         // Several may run on one host, each in a network namespace of its own.
         cgroup: format!("onde-{}", std::process::id()),
         is_capped: !arguments.is_uncapped,
+        disk_mib: arguments.disk_mib,
     };
     let ended = settings.start(signals)?.run();
     ended.map(drop).map_err(Trouble::at("the loop", ""))
@@ -163,16 +169,18 @@ mod tests {
             || Arguments { interface: "eth1".into(), cluster: "c".into(), ..Arguments::default() };
         check("--interface eth1 --cluster c", Ok(least()));
         check(
-            "--cluster c --node 7 --libexec /x --uncapped --interface eth1",
+            "--cluster c --node 7 --libexec /x --disk 64 --uncapped --interface eth1",
             Ok(Arguments {
                 node: Some(7),
                 libexec: Some("/x".into()),
+                disk_mib: 64,
                 is_uncapped: true,
                 ..least()
             }),
         );
         check("--interface eth1", Err("--interface and --cluster are needed"));
         check("--interface", Err("--interface needs a value"));
+        check("--disk x", Err("--disk needs a number of MiB"));
         check("--node x", Err("--node needs a number"));
         check("eth1", Err("unknown argument eth1"));
     }

@@ -15,12 +15,14 @@ use onde_wire::machine::{
     CONSOLE_RING_SIZE, INFO_METER, MESSAGE_SIZE, Meter, PAGE_SIZE, VmmCommand, VmmEvent, fds,
 };
 use onde_wire::packet::{CONSOLE_SLICE_MAX, ConsoleSlice};
-use rustix::fs::{MemfdFlags, OFlags, SealFlags};
+use onde_wire::token::JobId;
+use rustix::fs::OFlags;
 use rustix::net::{AddressFamily, RecvFlags, SendFlags, SocketFlags, SocketType};
 use rustix::pipe::PipeFlags;
 use rustix::process::{Pid, Signal};
 
 use crate::cgroup::{Cgroup, Cgroups};
+use crate::files::{Files, memory};
 use crate::filter::{Attached, Filter, Pair};
 use crate::meter::Reading;
 use crate::node::Spec;
@@ -57,6 +59,8 @@ pub struct Place {
 pub struct Vm {
     /// Its process.
     pub pid: Pid,
+    /// Its job.
+    pub job: JobId,
     /// The end of its control socket that is ours.
     pub control: OwnedFd,
     /// The end of its log that is ours.
@@ -95,24 +99,32 @@ impl VmError {
 }
 
 impl Vm {
-    /// Makes VM number `serial` of this node and starts its process. On failure nothing is left behind.
-    pub fn create(place: &Place, serial: u32, slot: u32, spec: &Spec) -> Result<Self, VmError> {
+    /// Makes VM number `serial` of this node and starts its process with `files`. On failure nothing else is left behind.
+    pub fn create(
+        place: &Place,
+        serial: u32,
+        slot: u32,
+        spec: &Spec,
+        files: &Files,
+    ) -> Result<Self, VmError> {
         let name = CString::new(format!("onde-{serial}")).expect("no zero in it");
         let network = Network::new(place, &name, spec).map_err(VmError::at("network"))?;
         let sent = File::open(statistics(&name, "rx_bytes")).map_err(VmError::at("counter"))?;
-        let console = memory(c"console", PAGE_SIZE + CONSOLE_RING_SIZE)
-            .map_err(VmError::at("console ring"))?;
+        let console = files.console.try_clone().map_err(VmError::at("console ring"))?;
         let info = info_page(spec).map_err(VmError::at("info page"))?;
         let group = format!("vm-{serial}");
         let cgroup = place.cgroups.create(&group, spec.held_mib, spec.vcpus);
         let cgroup = cgroup.map_err(VmError::at("cgroup"))?;
-        let parts = Parts { tap: &network.tap, console: &console, info: &info, cgroup: &cgroup };
-        let started = parts.start(place, slot, spec);
+        let swap = cgroup.swap(spec.wakes);
+        let parts = Parts { tap: &network.tap, files, info: &info, cgroup: &cgroup };
+        let started = swap.map_err(VmError::at("cgroup"));
+        let started = started.and_then(|()| parts.start(place, slot, spec));
         let Process { pid, control, log } = started.inspect_err(|_| {
             cgroup.remove();
         })?;
         Ok(Self {
             pid,
+            job: spec.identity.job,
             control,
             log,
             log_left: LOG_MAX,
@@ -128,6 +140,11 @@ impl Vm {
     /// Its counters now.
     pub fn read(&self) -> io::Result<Reading> {
         Ok(Reading { cpu_us: self.cgroup.cpu_us()?, sent_bytes: number(&self.sent)? })
+    }
+
+    /// Lets its memory go to the scratch device, while its machine is there twice: in RAM and in its file; or no more.
+    pub fn swap(&self, allowed: bool) -> io::Result<()> {
+        self.cgroup.swap(allowed)
     }
 
     /// Starts its end; the process is gone when it can be waited for.
@@ -199,7 +216,7 @@ impl Vm {
 /// What a VMM is started with, but for what is made for its process alone.
 struct Parts<'a> {
     tap: &'a OwnedFd,
-    console: &'a File,
+    files: &'a Files,
     info: &'a File,
     cgroup: &'a Cgroup,
 }
@@ -229,20 +246,23 @@ impl Parts<'_> {
         let (log, their_log) = pipe.map_err(VmError::at("log"))?;
         // Only our end: the other is a description of its own.
         rustix::fs::fcntl_setfl(&log, OFlags::NONBLOCK).map_err(VmError::at("log"))?;
+        let mut given = vec![
+            (place.null.as_fd(), 0),
+            (place.null.as_fd(), 1),
+            (their_log.as_fd(), 2),
+            (theirs.as_fd(), fds::CONTROL),
+            (kvm.as_fd(), fds::KVM),
+            (self.tap.as_fd(), fds::TAP),
+            (mstrap.as_fd(), fds::MSTRAP),
+            (self.files.console.as_fd(), fds::CONSOLE),
+            (self.info.as_fd(), fds::INFO),
+        ];
+        given.extend(self.files.disk.as_ref().map(|file| (file.as_fd(), fds::DISK)));
+        given.extend(self.files.saved.as_ref().map(|file| (file.as_fd(), fds::SAVED)));
         let pid = spawn(&Program {
             file: place.vmm.as_fd(),
             args: &arguments(spec),
-            fds: &[
-                (place.null.as_fd(), 0),
-                (place.null.as_fd(), 1),
-                (their_log.as_fd(), 2),
-                (theirs.as_fd(), fds::CONTROL),
-                (kvm.as_fd(), fds::KVM),
-                (self.tap.as_fd(), fds::TAP),
-                (mstrap.as_fd(), fds::MSTRAP),
-                (self.console.as_fd(), fds::CONSOLE),
-                (self.info.as_fd(), fds::INFO),
-            ],
+            fds: &given,
             jail: Some(Jail {
                 user: FIRST_USER + slot,
                 cgroup: self.cgroup.as_fd(),
@@ -256,9 +276,14 @@ impl Parts<'_> {
 
 fn arguments(spec: &Spec) -> Vec<CString> {
     let [mem, vcpus] = [spec.mem_mib.to_string(), spec.vcpus.to_string()];
+    let options =
+        [("--disk", spec.disk_mib > 0), ("--saved", spec.saved_mib > 0), ("--wakes", spec.wakes)];
+    let options = options.into_iter().filter_map(|(name, is_on)| is_on.then_some(name));
     ["vmm", "--memory-mib", &mem, "--vcpus", &vcpus]
+        .into_iter()
+        .chain(options)
         .map(|arg| CString::new(arg).expect("no zero in it"))
-        .to_vec()
+        .collect()
 }
 
 impl Network {
@@ -297,14 +322,6 @@ fn number(file: &File) -> io::Result<u64> {
     let size = file.read_at(&mut text, 0)?;
     let number = std::str::from_utf8(&text[..size]).ok().and_then(|text| text.trim().parse().ok());
     number.ok_or_else(|| io::ErrorKind::InvalidData.into())
-}
-
-/// A memory file that neither end can shrink under the other.
-fn memory(name: &CStr, size: u64) -> io::Result<File> {
-    let fd = rustix::fs::memfd_create(name, MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
-    rustix::fs::ftruncate(&fd, size)?;
-    rustix::fs::fcntl_add_seals(&fd, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
-    Ok(fd.into())
 }
 
 fn info_page(spec: &Spec) -> io::Result<File> {

@@ -1,24 +1,30 @@
 //! The kernel's side of the node: does what [`crate::node`] wants done and says what came of it. Called by
-//! [`crate::run`]. Holds VMs as things, never as jobs: no payment and no price is known here.
+//! [`crate::run`]. Holds VMs as things, and jobs as names of their files: no payment and no price is known here.
 
+use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::mpsc::Sender;
 use std::thread::JoinHandle;
 
 use onde_wire::handover::Handover;
-use onde_wire::machine::VmmEvent;
+use onde_wire::machine::{VmmCommand, VmmEvent};
 use onde_wire::plan::SLOTS_MAX;
+use onde_wire::token::JobId;
 use rustix::event::epoll;
 use rustix::process::Pid;
 
 use crate::cgroup::Cgroup;
-use crate::node::{Effect, Event, Tail};
+use crate::files::Files;
+use crate::node::{Effect, Event, Spec, Tail};
 use crate::packetd::Packetd;
 use crate::vm::{Network, Place, Vm, VmError};
 
 /// Words of one VMM taken in one turn of the loop; the rest wait, so that no VM keeps others from being heard.
 const WORDS_PER_TURN: usize = 4;
+
+/// Words taken of a VMM that is dead: more than one that is right leaves behind.
+const LAST_WORDS_MAX: usize = 64;
 
 /// Numbers of VMs before they start again: with `onde-` before it the last one still is an interface's name.
 const SERIALS: u32 = 1_000_000_000;
@@ -94,6 +100,8 @@ impl Source {
 pub struct World {
     place: Place,
     vms: Vec<Option<Vm>>,
+    /// What VMs write to, those that are not there at present, too.
+    files: BTreeMap<JobId, Files>,
     /// Number of the next VM: names of taps and cgroups are not used again while the kernel may know the old ones.
     serial: u32,
     /// Cgroups of VMs that are gone, while the kernel still holds on to them.
@@ -110,7 +118,8 @@ impl World {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
         let vms = (0..SLOTS_MAX).map(|_| None).collect();
         let undertaker = Undertaker::start()?;
-        Ok(Self { place, vms, serial: 0, dying: Vec::new(), undertaker, poll, packetd })
+        let (files, dying) = (BTreeMap::new(), Vec::new());
+        Ok(Self { place, vms, files, serial: 0, dying, undertaker, poll, packetd })
     }
 
     /// Has the loop told when there is something to read.
@@ -134,6 +143,11 @@ impl World {
         self.vms.iter().all(Option::is_none)
     }
 
+    /// Whether nothing at all is held for anybody.
+    pub fn holds_nothing(&self) -> bool {
+        self.is_empty() && self.files.is_empty()
+    }
+
     /// Kills every VM.
     pub fn kill_all(&self) {
         self.vms.iter().flatten().for_each(Vm::kill);
@@ -147,9 +161,7 @@ impl World {
                 None
             }
             Effect::Create(slot, spec) => {
-                self.serial = (self.serial + 1) % SERIALS;
-                let made = Vm::create(&self.place, self.serial, slot, &spec);
-                let made = made.map(|vm| self.add(slot, vm));
+                let made = self.create(slot, &spec).map(|vm| self.add(slot, vm));
                 if let Err(VmError(what, error)) = &made {
                     println!("onde: slot {slot}: cannot make its {what}: {error}");
                 }
@@ -157,6 +169,14 @@ impl World {
             }
             Effect::Kill(slot) => {
                 self.vm(slot)?.kill();
+                None
+            }
+            Effect::Forget(job) => {
+                self.files.remove(&job);
+                None
+            }
+            Effect::Empty(slot) => {
+                self.empty(slot);
                 None
             }
             Effect::Read(slot) => match self.vm(slot)?.read() {
@@ -176,7 +196,11 @@ impl World {
                 None
             }
             Effect::Command(slot, command) => {
-                self.vm(slot)?.tell(command);
+                let vm = self.vm(slot)?;
+                if command == VmmCommand::Save {
+                    say(slot, "swap", vm.swap(true));
+                }
+                vm.tell(command);
                 None
             }
             Effect::Note(job, note) => {
@@ -189,6 +213,28 @@ impl World {
 
     fn vm(&mut self, slot: u32) -> Option<&mut Vm> {
         self.vms.get_mut(slot as usize)?.as_mut()
+    }
+
+    /// Makes a VM with new files, or with those that it had before.
+    fn create(&mut self, slot: u32, spec: &Spec) -> Result<Vm, VmError> {
+        let job = spec.identity.job;
+        if !spec.wakes {
+            let files = Files::new(spec).map_err(|error| VmError("files", error))?;
+            self.files.insert(job, files);
+        }
+        let none = || VmError("files", io::ErrorKind::NotFound.into());
+        let files = self.files.get(&job).ok_or_else(none)?;
+        self.serial = (self.serial + 1) % SERIALS;
+        Vm::create(&self.place, self.serial, slot, spec, files)
+    }
+
+    /// A VM's machine is in memory only.
+    fn empty(&mut self, slot: u32) {
+        let Some(vm) = self.vms.get(slot as usize).and_then(Option::as_ref) else { return };
+        say(slot, "swap", vm.swap(false));
+        if let Some(files) = self.files.get(&vm.job) {
+            say(slot, "saved machine", files.empty());
+        }
     }
 
     fn add(&mut self, slot: u32, vm: Vm) {
@@ -239,25 +285,44 @@ impl World {
         }
     }
 
-    /// A child was waited for: frees all that a VM held if it was one's process.
-    pub fn buried(&mut self, pid: Pid) -> Option<Event> {
+    /// A child was waited for: frees all that a VM held if it was one's process. Its last words come first: they say
+    /// whether its machine is on disk.
+    pub fn buried(&mut self, pid: Pid) -> Vec<Event> {
         let is_its = |vm: &Option<Vm>| vm.as_ref().is_some_and(|vm| vm.pid == pid);
-        let slot = self.vms.iter().position(is_its)?;
+        let Some(slot) = self.vms.iter().position(is_its) else { return vec![] };
         // Ends: the only writer is dead, and a pipe holds 64 KiB.
         while self.print_log(slot as u32) {}
-        let vm = self.vms[slot].take()?;
+        let mut events = Vec::new();
+        // Ends: as above, and nobody hears of more than so many.
+        while events.len() < LAST_WORDS_MAX {
+            let heard = self.hear(slot as u32);
+            if heard.is_empty() {
+                break;
+            }
+            events.extend(heard.into_iter().map(|event| Event::Vmm(slot as u32, event)));
+        }
+        let Some(vm) = self.vms[slot].take() else { return vec![] };
         let tail = vm.console_end().map_or(Tail::default(), |slice| Tail {
             total: slice.total,
             bytes: slice.data[..slice.len.into()].to_vec(),
         });
+        let saved_mib = self.files.get(&vm.job).map_or(0, Files::saved_mib);
         let (network, cgroup) = vm.free();
         self.dying.extend(cgroup);
         self.undertaker.take(network);
-        Some(Event::Gone(slot as u32, tail))
+        events.push(Event::Gone(slot as u32, tail, saved_mib));
+        events
     }
 
     /// Removes cgroups that the kernel has let go of by now.
     pub fn sweep(&mut self) {
         self.dying.retain(|cgroup| !cgroup.remove());
+    }
+}
+
+/// A part that could not be done, and that a VM can live without.
+fn say(slot: u32, what: &str, done: io::Result<()>) {
+    if let Err(error) = done {
+        println!("onde: slot {slot}: {what}: {error}");
     }
 }

@@ -21,7 +21,8 @@ use onde_wire::plan::Plan;
 use onde_wire::token::BootToken;
 
 const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
-const PRICES: &str = "price.vcpu_s=800000\nprice.gib_s=200000\nprice.gib_sent=1000000\n";
+const PRICES: &str = "price.vcpu_s=800000\nprice.gib_s=200000\nprice.gib_sent=1000000\n\
+                      price.disk_gib_s=10000\n";
 /// Longer than anything here takes, even on a machine that has much else to do.
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -61,7 +62,7 @@ impl Service {
         let run = format!(
             "mount -t cgroup2 none /sys/fs/cgroup; ip link add card type veth peer name far; \
              ip link set far up; {prepare} exec {} --interface {interface} --cluster {dir}/cluster \
-             --node 3 --libexec {dir} --uncapped 2>&1",
+             --node 3 --libexec {dir} --disk 1000 --uncapped 2>&1",
             env!("CARGO_BIN_EXE_noded"),
             dir = folder.display()
         );
@@ -262,7 +263,7 @@ write Err(ReadOnlyFilesystem)
 own lo true
 host's card false
 environment 0
-descriptors [0, 1, 2, 3, 4, 5, 6, 7, 8]
+descriptors [0, 1, 2, 3, 4, 5, 6, 7, 8, 10]
 ";
     assert_eq!(seen, expect);
 }
@@ -321,6 +322,63 @@ fn nothing_is_left_of_vms_that_ended() {
         ),
         Reply::Refused(Op::Pay, Status::Ended)
     );
+}
+
+impl Service {
+    fn reach(&mut self, job: u8, stage: Stage) {
+        until(stage.name(), || Some(()).filter(|()| self.status(job).stage == stage));
+    }
+
+    /// What is free, by HELLO.
+    fn free(&mut self) -> (u32, u32, u16) {
+        self.hello = None;
+        while self.hello.is_none() {
+            self.receive();
+        }
+        let hello = self.hello.expect("it came");
+        (hello.mem_mib_free, hello.disk_mib_free, hello.slots_free)
+    }
+}
+
+#[test]
+fn a_machine_goes_to_disk_and_back() {
+    let mut service = Service::start();
+    let before = service.count();
+    let job = service.boot(72, 90_000_000);
+    service.reach(job, Stage::Running);
+    for _ in 0..3 {
+        assert!(matches!(service.ask(job, Request::Suspend), Reply::Suspend(_)));
+        service.reach(job, Stage::Suspended);
+        // Its console and its machine are two descriptors; all else is gone.
+        let asleep = [before[0] + 2, before[1], before[2], before[3]];
+        until("the rest to go", || Some(()).filter(|()| service.count() == asleep));
+        assert!(matches!(service.ask(job, Request::Wake), Reply::Wake(_)));
+        service.reach(job, Stage::Running);
+    }
+    assert!(matches!(service.ask(job, Request::Stop(false)), Reply::Stop(_)));
+    until("the old count", || Some(()).filter(|()| service.count() == before));
+}
+
+/// Jobs in a row, each ended in another way. `ONDE_TEST_JOBS` says how many (at most 250).
+#[test]
+fn nothing_piles_up_over_many_jobs() {
+    let count = std::env::var("ONDE_TEST_JOBS").ok().and_then(|text| text.parse().ok());
+    let mut service = Service::start();
+    let (before, free) = (service.count(), service.free());
+    for number in 0..count.unwrap_or(24u8) {
+        let job = service.boot(if number % 4 == 1 { 65 } else { 72 }, 90_000_000);
+        if number % 4 >= 2 {
+            service.reach(job, Stage::Running);
+            service.ask(job, Request::Suspend);
+            service.reach(job, Stage::Suspended);
+        }
+        if number % 4 == 3 {
+            service.ask(job, Request::Wake);
+        }
+        assert!(matches!(service.ask(job, Request::Stop(false)), Reply::Stop(_)));
+    }
+    until("the old count", || Some(()).filter(|()| service.count() == before));
+    until("all to be free", || Some(()).filter(|()| service.free() == free));
 }
 
 #[test]

@@ -117,6 +117,18 @@ pub enum Command {
         #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]
         tokens: u32,
     },
+    /// Put a job's VM on its node's disk, where only storage is paid for
+    ///
+    /// The VM stands still and gives its memory back. It stays there until `onde resume`, for as long as its tokens last.
+    Suspend {
+        #[command(flatten)]
+        job: JobName,
+    },
+    /// Go on with a job's VM that is on its node's disk
+    Resume {
+        #[command(flatten)]
+        job: JobName,
+    },
     /// End a job's VM, and get the change
     Stop {
         #[command(flatten)]
@@ -510,6 +522,9 @@ mod tests {
         check("onde exec a1", false);
         check("onde pay a1 10", true);
         check("onde pay a1 0", false);
+        check("onde suspend a1", true);
+        check("onde suspend", false);
+        check("onde resume a1", true);
         check("onde lab up --nodes 3", true);
         check("onde lab --help", true);
         check("onde node run --interface eth0 --cluster c", true);

@@ -14,7 +14,8 @@ mod price;
 mod ps;
 mod receipt;
 mod run;
-mod session;
+pub mod session;
+mod sleep;
 mod snapshot;
 mod statement;
 mod usage;
@@ -56,6 +57,8 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Attach { job } => session::attach(&job.job, &report),
         Command::Logs { job, follow } => done(session::logs(&job.job, follow, &report)),
         Command::Pay { job, tokens } => done(job::pay(&job.job, tokens, &report)),
+        Command::Suspend { job } => done(sleep::suspend(&job.job)),
+        Command::Resume { job } => done(sleep::resume(&job.job)),
         Command::Stop { job } => done(job::stop(&job.job, &report)),
         Command::Price { memory, vcpus, hours, json } => {
             done(price::run(context, memory, vcpus, hours, json))

@@ -199,8 +199,9 @@ fn start(
     let mut home = Home::new(echo, cluster.broker.clone(), cluster.jobs.clone(), job);
     let (dismiss, dismissed) = channel();
     let sent = std::thread::scope(|scope| {
-        scope
-            .spawn(move || payer::run(&mut home, progress::Progress::always(), report, &dismissed));
+        scope.spawn(move || {
+            payer::run(&mut home, job, progress::Progress::always(), report, &dismissed)
+        });
         let sent = bootstrap::boot_stream(&handle, booted.ipv4.into(), loader, |out| {
             load.write(out, &shape, on_progress)
         });

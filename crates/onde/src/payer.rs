@@ -5,6 +5,7 @@ use onde_client::bootstrap;
 use onde_client::home::{Home, HomeError, STEP_PERIOD, Standing};
 use onde_client::job::Job;
 use onde_client::session::frames::FrameWriter;
+use onde_client::snapshot::tell_time;
 use onde_wire::machine::Stage;
 use onde_wire::packet::{JobStatus, Status};
 use onde_wire::session::{ClientFrame, Purse};
@@ -15,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use crate::progress::Progress;
 use crate::report::Report;
-use crate::table::span;
+use crate::table::{cost, span};
 
 /// A node that is silent for so long is lost: half of what the broker allows it before it credits.
 const LOST: Duration = Duration::from_secs(30);
@@ -24,6 +25,9 @@ const SILENT: Duration = Duration::from_secs(5);
 
 /// A VM that has so few seconds left, and gets no more, is worth a word: time to pay by hand.
 const DRY_S: u64 = 30;
+
+/// How long a guest that wakes up may take to answer.
+const CLOCK_PATIENCE: Duration = Duration::from_secs(30);
 
 /// How the loop ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -39,17 +43,25 @@ pub enum Outcome {
 /// Pays until the VM is over, its node is lost, or the other end of `dismissed` is dropped; while there is progress.
 pub fn run(
     home: &mut Home,
+    job: &Job,
     mut progress: Progress,
     report: &Report,
     dismissed: &Receiver<()>,
 ) -> Outcome {
     let (mut mood, mut courier) = (Mood::default(), Courier::default());
+    let mut stage = Stage::Booting;
     loop {
         let missing = progress.missing();
         mood.miss_progress(missing.as_deref(), report);
         let step = home.step(missing.is_none());
         let is_paid_for = matches!(step, Ok(Standing::Fine(_) | Standing::Paid(..)));
         let status = step.as_ref().ok().and_then(Standing::status).copied();
+        if let Some(status) = status {
+            let was = std::mem::replace(&mut stage, status.stage);
+            if was == Stage::Suspended && stage.is_alive() {
+                wakes_up(job);
+            }
+        }
         if let Some(outcome) = mood.judge(step, report) {
             return outcome;
         }
@@ -94,9 +106,20 @@ fn deliver(job: &Job, purse: Purse) -> io::Result<()> {
     writer.flush()
 }
 
+/// A guest that was on disk has a clock that stood still. One whose clock is wrong goes on all the same.
+fn wakes_up(job: &Job) {
+    let (handle, guest) = (job.handle(), job.guest_ipv4);
+    if job.has_agent {
+        std::thread::spawn(move || {
+            bootstrap::connect(&handle, guest, CLOCK_PATIENCE).map(tell_time).is_ok()
+        });
+    }
+}
+
 /// What was noticed and told so far.
 #[derive(Default)]
 struct Mood {
+    asleep: bool,
     silent_since: Option<Instant>,
     told_silent: bool,
     told_dry: bool,
@@ -134,6 +157,9 @@ impl Mood {
             report.line("the node answers again");
         }
         self.silent_since = None;
+        if let Some(status) = standing.status() {
+            self.hear_sleep(status, report);
+        }
         if let Standing::Distrusted(_, why) = standing
             && !std::mem::replace(&mut self.told_cheat, true)
         {
@@ -143,6 +169,19 @@ impl Mood {
         }
         self.warn_dry(standing, report);
         self.told_trouble &= !matches!(standing, Standing::Paid(..));
+    }
+
+    fn hear_sleep(&mut self, status: &JobStatus, report: &Report) {
+        let (left, asleep) = (span(status.seconds_left), status.stage == Stage::Suspended);
+        match (std::mem::replace(&mut self.asleep, asleep), asleep) {
+            (false, true) if status.wake_micro > 0 => report.warn(&format!(
+                "out of tokens: the VM is on its node's disk, for {left} more; {} tokens wake it up",
+                cost(status.wake_micro)
+            )),
+            (false, true) => report.line(&format!("the VM is on its node's disk, for {left} more")),
+            (true, false) => report.line("the VM is awake again"),
+            _ => {}
+        }
     }
 
     /// A VM that gets nothing more, for whatever reason, ends soon.

@@ -20,12 +20,13 @@ fn cents(cents: u64) -> String {
     format!("{}.{:02}", cents / 100, cents % 100)
 }
 
-/// Seconds as a short span: `59s`, `12m`, `3h`, `2d`.
+/// Seconds as a short span: `59s`, `12m`, `3h`, `2d`; `ever` for the node's word for no end.
 pub fn span(seconds: u64) -> String {
     match seconds {
         0..120 => format!("{seconds}s"),
         120..7200 => format!("{}m", seconds / 60),
         7200..172_800 => format!("{}h", seconds / 3600),
+        u64::MAX => "ever".to_owned(),
         _ => format!("{}d", seconds / 86_400),
     }
 }
@@ -65,5 +66,6 @@ mod tests {
             ["0.0000", "0.0001", "0.8499", "12.0001"]
         );
         assert_eq!([5, 119, 600, 7200, 200_000].map(span), ["5s", "119s", "10m", "2h", "2d"]);
+        assert_eq!(span(u64::MAX), "ever");
     }
 }

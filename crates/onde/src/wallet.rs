@@ -26,6 +26,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use crate::cluster::Cluster;
+use crate::command::session;
 use crate::failure::hinted;
 use crate::payer::{self, Outcome};
 use crate::progress::Progress;
@@ -178,7 +179,7 @@ fn tend(cluster: &Cluster, job: &Job, report: &Report, dismissed: &Receiver<()>)
     let mut home = Home::new(Echo::open()?, cluster.broker.clone(), cluster.jobs.clone(), job);
     let followed =
         if job.has_agent && job.exit.is_none() { Some(follow(cluster, job)?) } else { None };
-    let outcome = payer::run(&mut home, Progress::of(job), report, dismissed);
+    let outcome = payer::run(&mut home, job, Progress::of(job), report, dismissed);
     if let Some(remote) = followed {
         remote.detach();
     }
@@ -205,7 +206,7 @@ fn follow(cluster: &Cluster, job: &Job) -> Result<Remote> {
     let offset = output.file.metadata().map_or(0, |metadata| metadata.len());
     let (handle, guest) = (job.handle(), job.guest_ipv4);
     let dial = move || bootstrap::connect(&handle, guest, Duration::ZERO);
-    let session = Session::new(dial, BOOT_PATIENCE);
+    let session = Session::new(dial, BOOT_PATIENCE).while_asleep(session::sleeps(job));
     let remote = session.remote();
     let (jobs, id, handle) = (cluster.jobs.clone(), job.id.0, job.handle());
     std::thread::spawn(move || {

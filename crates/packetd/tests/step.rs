@@ -53,6 +53,8 @@ fn template() -> Packet {
         uptime_ms: 5,
         mem_mib: 1024,
         mem_mib_free: 512,
+        disk_mib: 256,
+        disk_mib_free: 128,
         cpus: 2,
         slots_free: 3,
         prices: Prices::default(),

@@ -17,5 +17,6 @@ pub mod random;
 pub mod seccomp;
 pub mod signals;
 pub mod spawn;
+pub mod swap;
 pub mod tap;
 pub mod tsc;

@@ -18,9 +18,11 @@ pub struct Console {
 }
 
 impl Console {
-    /// Starts an empty ring in `mapping`, which has a page and `CONSOLE_RING_SIZE` bytes.
+    /// Takes over the ring in `mapping`, which has a page and `CONSOLE_RING_SIZE` bytes: a new one is all zero, that of a
+    /// machine which wakes up goes on.
     pub fn new(mapping: MmapRegion) -> Self {
-        Self { mapping: Arc::new(mapping), count: Arc::default() }
+        let count = mapping.as_volatile_slice().load(0, Ordering::Acquire).unwrap_or(0);
+        Self { mapping: Arc::new(mapping), count: Arc::new(AtomicU64::new(count)) }
     }
 }
 
@@ -31,7 +33,7 @@ impl io::Write for Console {
         for &byte in bytes {
             let at = PAGE_SIZE + count % CONSOLE_RING_SIZE;
             ring.write_obj(byte, at as usize).map_err(io::Error::other)?;
-            count += 1;
+            count = count.wrapping_add(1);
         }
         self.count.store(count, Ordering::Relaxed);
         // Release: a reader that sees the count sees the bytes.

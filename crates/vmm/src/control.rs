@@ -130,6 +130,11 @@ impl Control {
         self.role = ROLE_SOURCE;
     }
 
+    /// What ROLE reads.
+    pub fn role(&self) -> u32 {
+        self.role
+    }
+
     /// Whether an event waits for the guest, its interrupt perhaps lost on the way.
     pub fn has_event(&self) -> bool {
         self.events != 0

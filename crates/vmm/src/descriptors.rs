@@ -35,11 +35,13 @@ pub struct Descriptors {
     pub info: File,
     /// The disk, where there is one.
     pub disk: Option<File>,
+    /// The file for the machine when it is saved, where there is one.
+    pub saved: Option<File>,
 }
 
 impl Descriptors {
     /// Takes over the inherited descriptors. Called once, first thing in `main`.
-    pub fn take(has_disk: bool) -> Result<Self, Fault> {
+    pub fn take(has_disk: bool, has_saved: bool) -> Result<Self, Fault> {
         Ok(Self {
             control: UnixDatagram::from(take(fds::CONTROL, "control socket")?),
             kvm: take(fds::KVM, "/dev/kvm")?,
@@ -47,12 +49,15 @@ impl Descriptors {
             mstrap: take(fds::MSTRAP, "mstrap image")?.into(),
             console: take(fds::CONSOLE, "console ring")?.into(),
             info: take(fds::INFO, "info page")?.into(),
-            disk: match has_disk {
-                true => Some(take(fds::DISK, "disk")?.into()),
-                false => None,
-            },
+            disk: take_file(has_disk, fds::DISK, "disk")?,
+            saved: take_file(has_saved, fds::SAVED, "file for the machine")?,
         })
     }
+}
+
+/// One that not every machine has.
+fn take_file(is_there: bool, number: i32, name: &str) -> Result<Option<File>, Fault> {
+    is_there.then(|| take(number, name).map(File::from)).transpose()
 }
 
 fn take(number: i32, name: &str) -> Result<OwnedFd, Fault> {

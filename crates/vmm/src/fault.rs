@@ -23,6 +23,8 @@ pub enum Part {
     Sandbox = 7,
     /// The I/O thread's own descriptors failed.
     Io = 8,
+    /// The file of a machine that was saved is not whole, or another machine's.
+    Saved = 9,
 }
 
 /// A failed part and what was tried, with the system's own words.

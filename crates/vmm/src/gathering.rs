@@ -2,7 +2,7 @@
 //! its own vCPU (no thread ever touches another's), does what it must, and lets them go.
 //!
 //! ```text
-//!   caller:  call --- own vCPU --- all() waits --- works on the machine --- release
+//!   caller:  call --- own vCPU --- all() waits --- works on the machine --- release     (the I/O thread has no vCPU)
 //!   others:  (kicked) called() --- own vCPU --- answer() waits ------------ back to the guest
 //! ```
 
@@ -64,8 +64,8 @@ impl Gathering {
         self.lock().threads[id as usize] = Some(thread);
     }
 
-    /// Calls all vCPUs, `id` being the caller's; false where another call is on.
-    pub fn call(&self, id: u32, calls: Vec<Call>) -> bool {
+    /// Calls all vCPUs, `id` being the caller's where it is one's thread; false where another call is on.
+    pub fn call(&self, id: Option<u32>, calls: Vec<Call>) -> bool {
         let mut inner = self.lock();
         if inner.on {
             return false;
@@ -77,7 +77,7 @@ impl Gathering {
         self.on.store(true, Ordering::SeqCst);
         for (other, thread) in inner.threads.iter().enumerate() {
             // One that is not there yet looks before its first KVM_RUN.
-            if let (Some(thread), true) = (thread, other != id as usize) {
+            if let (Some(thread), true) = (thread, Some(other as u32) != id) {
                 thread.kick();
             }
         }
@@ -104,8 +104,13 @@ impl Gathering {
 
     /// The caller's own answer: waits for all others'. By vCPU; `None` if the machine ended meanwhile.
     pub fn all(&self, id: u32, state: Option<VcpuState>) -> Option<Vec<Option<VcpuState>>> {
-        let mut inner = self.lock();
-        inner.answers[id as usize] = Some(state);
+        self.lock().answers[id as usize] = Some(state);
+        self.others()
+    }
+
+    /// Waits for all answers, for a caller that is no vCPU's thread.
+    pub fn others(&self) -> Option<Vec<Option<VcpuState>>> {
+        let inner = self.lock();
         let until = |inner: &mut Inner| inner.answers.iter().any(Option::is_none) && !inner.ended;
         let mut inner =
             self.changed.wait_while(inner, until).unwrap_or_else(PoisonError::into_inner);
@@ -138,8 +143,8 @@ mod tests {
     fn one_calls_and_all_stand_still() {
         let gathering = Gathering::new(2);
         assert!(gathering.called(1).is_none());
-        assert!(gathering.call(0, vec![Call::Save, Call::Save]));
-        assert!(!gathering.call(1, vec![Call::Save, Call::Save]));
+        assert!(gathering.call(Some(0), vec![Call::Save, Call::Save]));
+        assert!(!gathering.call(None, vec![Call::Save, Call::Save]));
         std::thread::scope(|scope| {
             scope.spawn(|| {
                 assert!(matches!(gathering.called(1), Some(Call::Save)));
@@ -149,7 +154,7 @@ mod tests {
             assert_eq!(gathering.all(0, None).map(|answers| answers.len()), Some(2));
             gathering.release();
         });
-        assert!(gathering.call(1, vec![Call::Save, Call::Save]));
+        assert!(gathering.call(Some(1), vec![Call::Save, Call::Save]));
         gathering.end();
         assert!(gathering.all(1, None).is_none(), "nobody answers in a machine that ended");
     }

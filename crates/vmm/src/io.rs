@@ -14,6 +14,8 @@ use crate::machine::{Doorbell, Machine, Outcome};
 /// BOOT goes this long after RESUME: dropping a memory slot stops all vCPUs for milliseconds, and
 /// the guest's start is over by then on a fast machine.
 const BOOT_DELAY: Duration = Duration::from_secs(1);
+/// Between two tries to save the machine, where a copy is being made of it: that takes milliseconds.
+const SAVE_PERIOD: Duration = Duration::from_millis(10);
 /// Events taken at once.
 const EVENTS_MAX: usize = 16;
 
@@ -31,13 +33,15 @@ pub struct Io<'a> {
     doorbells: &'a [Doorbell],
     epoll: Epoll,
     drop_boot_at: Option<Instant>,
+    /// `noded` wants the machine saved, and it was not possible yet.
+    save_wanted: bool,
 }
 
 impl<'a> Io<'a> {
     /// Registers all descriptors.
     pub fn new(machine: &'a Machine, doorbells: &'a [Doorbell]) -> Result<Self, Fault> {
         let epoll = Epoll::new().fault(Part::Io, "create epoll")?;
-        let io = Self { machine, doorbells, epoll, drop_boot_at: None };
+        let io = Self { machine, doorbells, epoll, drop_boot_at: None, save_wanted: false };
         io.listen().fault(Part::Io, "register with epoll")?;
         Ok(io)
     }
@@ -68,6 +72,9 @@ impl<'a> Io<'a> {
             for event in &events[..count] {
                 self.serve(event.data());
             }
+            if self.save_wanted {
+                self.save_wanted = !self.machine.save_to_file();
+            }
             if let Some(outcome) = self.machine.take_outcome() {
                 return outcome;
             }
@@ -79,15 +86,17 @@ impl<'a> Io<'a> {
 
     fn timeout_ms(&self) -> i32 {
         match self.drop_boot_at {
+            _ if self.save_wanted => SAVE_PERIOD.as_millis() as i32,
             None => -1,
             // One more, so that the time has come when the wait is over.
             Some(at) => at.saturating_duration_since(Instant::now()).as_millis() as i32 + 1,
         }
     }
 
-    fn serve(&self, data: u64) {
+    fn serve(&mut self, data: u64) {
         // Between two events a vCPU thread may save or load all that is touched here.
-        let _turn = self.machine.io_turn();
+        let machine = self.machine;
+        let _turn = machine.io_turn();
         match data {
             NODED => self.obey(),
             WAKE => _ = self.machine.wake.read(),
@@ -101,11 +110,12 @@ impl<'a> Io<'a> {
         }
     }
 
-    fn obey(&self) {
+    fn obey(&mut self) {
         match self.machine.noded.hear() {
             Ok(Some(VmmCommand::PayDone(accepted))) => self.machine.noded.pay_done(accepted),
             Ok(Some(VmmCommand::Go)) => self.machine.noded.leave(),
             Ok(Some(VmmCommand::PowerButton)) => self.machine.press_power_button(),
+            Ok(Some(VmmCommand::Save)) => self.save_wanted = true,
             Ok(None) => {}
             Err(_) => self.machine.end(Outcome::Abandoned),
         }

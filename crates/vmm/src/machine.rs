@@ -7,6 +7,9 @@
 //! ```
 
 mod copying;
+mod saving;
+
+pub use copying::Source;
 
 use std::fs::File;
 use std::io::Read;
@@ -18,6 +21,7 @@ use onde_wire::machine::{
     ACPI_START, GED_GSI, INFO_SIZE, INFO_TSC_KHZ, Identity, SERIAL_GSI, VIRTIO_GSI, VIRTIO_START,
     VIRTIO_STRIDE,
 };
+use onde_wire::token::JobId;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{Bytes, GuestAddress, VolatileMemory};
 use vm_superio::SerialState;
@@ -65,6 +69,8 @@ pub enum Outcome {
     PowerOff,
     /// The guest reset itself, or a vCPU met a triple fault.
     Reset,
+    /// The machine is in its file.
+    Saved,
     /// `noded` closed its socket: nobody pays for this machine any more.
     Abandoned,
     /// The VMM cannot go on.
@@ -100,6 +106,11 @@ pub struct Machine {
     checkpoint: Mutex<Checkpoint>,
     /// Held by the I/O thread while it serves anything, and by whoever needs it to stand still.
     io_turn: Mutex<()>,
+    job: JobId,
+    /// Where the machine is saved to.
+    saved: Option<File>,
+    /// The machine that this one goes on from, until its first vCPU takes it.
+    waking: Mutex<Option<Source>>,
     // Never read after start: a slot refers to it as long as the VM lives.
     _info: MmapRegion,
     tap: RawFd,
@@ -154,6 +165,9 @@ pub fn build(shape: Shape, given: Descriptors) -> Result<Built, Fault> {
         memory: Mutex::new(memory),
         checkpoint: Mutex::new(checkpoint),
         io_turn: Mutex::default(),
+        job: identity.job,
+        saved: given.saved,
+        waking: Mutex::new(None),
         _info: info,
         tap,
         handed_over: AtomicBool::new(false),

@@ -18,6 +18,7 @@ mod mstrap;
 mod noded;
 mod pages;
 mod sandbox;
+mod saved;
 mod state;
 mod virtio;
 
@@ -38,7 +39,7 @@ const STACK_SIZE: usize = 128 << 10;
 
 fn main() -> ExitCode {
     die_on_panic();
-    match parse(std::env::args().skip(1)).and_then(run) {
+    match Arguments::parse(std::env::args().skip(1)).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
         Err(fault) => {
             eprintln!("vmm: {fault}");
@@ -55,11 +56,28 @@ fn die_on_panic() {
     }));
 }
 
-/// Runs a machine to its end. On success it powered off or reset; `noded` was told in any case.
-fn run(shape: Shape) -> Result<(), Fault> {
-    let given = Descriptors::take(shape.has_disk)?;
+/// What `noded` wants.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Arguments {
+    shape: Shape,
+    /// The machine may be saved to a file.
+    has_saved: bool,
+    /// That file holds a machine, which goes on.
+    wakes: bool,
+}
+
+/// Runs a machine to its end. On success it powered off, reset or is in its file; `noded` was told in any case.
+fn run(arguments: Arguments) -> Result<(), Fault> {
+    let Arguments { shape, has_saved, wakes } = arguments;
+    let given = Descriptors::take(shape.has_disk, has_saved)?;
     let early = given.control.try_clone().fault(Part::Descriptors, "clone the control socket")?;
-    let built = machine::build(shape, given).inspect_err(|fault| {
+    let built = machine::build(shape, given).and_then(|built| {
+        if wakes {
+            built.machine.read_saved()?;
+        }
+        Ok(built)
+    });
+    let built = built.inspect_err(|fault| {
         let _ = early.send(&VmmEvent::Fault(fault.part as u32).emit());
     })?;
     drop(early);
@@ -117,6 +135,7 @@ fn report(machine: &Machine, outcome: Outcome) -> Result<(), Fault> {
     match outcome {
         Outcome::PowerOff => machine.noded.tell(VmmEvent::PowerOff),
         Outcome::Reset => machine.noded.tell(VmmEvent::Reset),
+        Outcome::Saved => machine.noded.tell(VmmEvent::Saved),
         Outcome::Abandoned => return Err(Fault::new(Part::Io, "noded closed the control socket")),
         Outcome::Fault(fault) => {
             machine.noded.tell(VmmEvent::Fault(fault.part as u32));
@@ -126,43 +145,57 @@ fn report(machine: &Machine, outcome: Outcome) -> Result<(), Fault> {
     Ok(())
 }
 
-/// `--memory-mib N --vcpus N [--disk]`
-fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Shape, Fault> {
-    const USAGE: &str = "usage: vmm --memory-mib N --vcpus N [--disk]";
-    let bad = |what: &str| Fault::new(Part::Arguments, format!("{what}; {USAGE}"));
-    let (mut mem_mib, mut vcpus, mut has_disk) = (None, None, false);
-    while let Some(argument) = arguments.next() {
-        let mut number = || arguments.next().and_then(|value| value.parse::<u32>().ok());
-        match argument.as_str() {
-            "--memory-mib" => mem_mib = number(),
-            "--vcpus" => vcpus = number(),
-            "--disk" => has_disk = true,
-            _ => return Err(bad(&format!("unknown argument {argument}"))),
+impl Arguments {
+    /// `--memory-mib N --vcpus N [--disk] [--saved] [--wakes]`
+    fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, Fault> {
+        const USAGE: &str = "usage: vmm --memory-mib N --vcpus N [--disk] [--saved [--wakes]]";
+        let bad = |what: &str| Fault::new(Part::Arguments, format!("{what}; {USAGE}"));
+        let (mut mem_mib, mut vcpus, mut has_disk) = (None, None, false);
+        let (mut has_saved, mut wakes) = (false, false);
+        while let Some(word) = words.next() {
+            let mut number = || words.next().and_then(|value| value.parse::<u32>().ok());
+            match word.as_str() {
+                "--memory-mib" => mem_mib = number(),
+                "--vcpus" => vcpus = number(),
+                "--disk" => has_disk = true,
+                "--saved" => has_saved = true,
+                "--wakes" => wakes = true,
+                _ => return Err(bad(&format!("unknown argument {word}"))),
+            }
         }
+        let mem_mib = mem_mib
+            .filter(|mib| (MEM_MIB_MIN..=MEM_MIB_MAX).contains(mib))
+            .ok_or_else(|| bad(&format!("memory must be {MEM_MIB_MIN} to {MEM_MIB_MAX} MiB")))?;
+        let vcpus = vcpus
+            .filter(|count| (1..=u32::from(VCPUS_MAX)).contains(count))
+            .ok_or_else(|| bad(&format!("vCPUs must be 1 to {VCPUS_MAX}")))?;
+        if wakes && !has_saved {
+            return Err(bad("nothing to wake up from"));
+        }
+        let shape = Shape { mem_bytes: u64::from(mem_mib) << 20, vcpus, has_disk };
+        Ok(Self { shape, has_saved, wakes })
     }
-    let mem_mib = mem_mib
-        .filter(|mib| (MEM_MIB_MIN..=MEM_MIB_MAX).contains(mib))
-        .ok_or_else(|| bad(&format!("memory must be {MEM_MIB_MIN} to {MEM_MIB_MAX} MiB")))?;
-    let vcpus = vcpus
-        .filter(|count| (1..=u32::from(VCPUS_MAX)).contains(count))
-        .ok_or_else(|| bad(&format!("vCPUs must be 1 to {VCPUS_MAX}")))?;
-    Ok(Shape { mem_bytes: u64::from(mem_mib) << 20, vcpus, has_disk })
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn check(line: &str, expect: Option<Shape>) {
-        let arguments = line.split_whitespace().map(String::from);
-        assert_eq!(parse(arguments).ok(), expect, "{line}");
+    fn check(line: &str, expect: Option<(Shape, bool, bool)>) {
+        let parsed = Arguments::parse(line.split_whitespace().map(String::from)).ok();
+        let parsed = parsed.map(|parsed| (parsed.shape, parsed.has_saved, parsed.wakes));
+        assert_eq!(parsed, expect, "{line}");
     }
 
     #[test]
     fn shapes_have_limits() {
         let shape = Shape { mem_bytes: 128 << 20, vcpus: 2, has_disk: false };
-        check("--memory-mib 128 --vcpus 2", Some(shape));
-        check("--disk --vcpus 2 --memory-mib 128", Some(Shape { has_disk: true, ..shape }));
+        check("--memory-mib 128 --vcpus 2", Some((shape, false, false)));
+        let with_disk = Shape { has_disk: true, ..shape };
+        check("--disk --vcpus 2 --memory-mib 128", Some((with_disk, false, false)));
+        check("--saved --vcpus 2 --memory-mib 128", Some((shape, true, false)));
+        check("--vcpus 2 --memory-mib 128 --saved --wakes", Some((shape, true, true)));
+        check("--vcpus 2 --memory-mib 128 --wakes", None);
         check("--memory-mib 16 --vcpus 2", None);
         check("--memory-mib 128 --vcpus 65", None);
         check("--memory-mib 128 --vcpus", None);

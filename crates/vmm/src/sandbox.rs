@@ -85,8 +85,12 @@ const VCPU_IOCTLS: &[u64] = &[
     TUNSETOFFLOAD,
 ];
 
-/// KVM_SET_USER_MEMORY_REGION, to drop BOOT.
-const IO_IOCTLS: &[u64] = &[0x4020_AE46];
+/// KVM's calls to drop BOOT, and to save what of the machine is no vCPU's.
+const IO_IOCTLS: &[u64] = &[
+    0x4020_AE46, // KVM_SET_USER_MEMORY_REGION
+    0xC208_AE62, // KVM_GET_IRQCHIP
+    0x8030_AE7C, // KVM_GET_CLOCK
+];
 
 /// Confines the calling vCPU thread.
 pub fn enter_vcpu() -> Result<(), Fault> {

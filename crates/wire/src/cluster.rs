@@ -9,6 +9,7 @@
 //! price.gib_s=200000
 //! price.gib_sent=1000000
 //! price.disk_gib_s=10000
+//! keep_s=300                    (seconds that a VM which runs dry is kept on disk)
 //! ```
 
 use crate::packet::Prices;
@@ -28,7 +29,13 @@ pub struct Cluster {
     pub gateway: [u8; 4],
     /// What nodes charge.
     pub prices: Prices,
+    /// How long a VM that runs dry is kept on a node's disk, seconds; it pays for that time before.
+    pub keep_s: u32,
 }
+
+/// Where nothing else is said: time for a person to hear of it and pay. Longer, and what home nodes release for twenty
+/// seconds would all be kept back.
+const KEEP_S: u32 = 300;
 
 /// What is wrong with a cluster file: the number of the line, from 1; 0 where a line is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,6 +60,7 @@ impl Cluster {
         let (mut secret, mut plan) = (None, None);
         let mut gateway = [0; 4];
         let mut prices = Prices::default();
+        let mut keep_s = KEEP_S;
         for (line, number) in text.lines().zip(1..) {
             let line = line.split('#').next().unwrap_or_default().trim();
             if line.is_empty() {
@@ -73,6 +81,9 @@ impl Cluster {
                 "price.gib_s" => prices.gib_s = price()?,
                 "price.gib_sent" => prices.gib_sent = price()?,
                 "price.disk_gib_s" => prices.disk_gib_s = price()?,
+                "keep_s" => {
+                    keep_s = value.trim().parse().map_err(|_| error("not a number of seconds"))?;
+                }
                 _ => return Err(error("unknown name")),
             }
         }
@@ -82,6 +93,7 @@ impl Cluster {
             plan: plan.ok_or(missing("`network` is missing"))?,
             gateway,
             prices,
+            keep_s,
         })
     }
 }

@@ -170,6 +170,8 @@ pub mod fds {
     pub const INFO: i32 = 8;
     /// The disk's file, where there is one.
     pub const DISK: i32 = 9;
+    /// The file that the machine saves itself to, and wakes up from; where the node has a disk.
+    pub const SAVED: i32 = 10;
 }
 
 /// Stage of a VM's life as the meter shows it.
@@ -229,8 +231,10 @@ pub struct Meter {
     pub balance_micro: u64,
     /// Micro-tokens a second at the present rate.
     pub burn_micro_per_s: u64,
-    /// Seconds left at the present rate.
+    /// Seconds left at the present rate, until the VM is saved or, where it cannot be, purged.
     pub seconds_left: u64,
+    /// Seconds until all of it is gone, at the present rate.
+    pub purge_s: u64,
 }
 
 /// Who this VM is: from its boot token, written once by `noded` into the info page.
@@ -281,10 +285,10 @@ impl core::fmt::Debug for Identity {
 const INFO_MAGIC: [u8; 8] = *b"ONDEINFO";
 const INFO_VERSION: u32 = 1;
 /// Offset of the meter in the info page: a u32 sequence count (odd while being written),
-/// then stage u32, balance, burn and seconds left as u64.
+/// then stage u32, balance, burn, seconds left and seconds to the purge as u64.
 pub const INFO_METER: usize = 0x20;
 /// Bytes of the meter.
-pub const INFO_METER_SIZE: usize = 32;
+pub const INFO_METER_SIZE: usize = 40;
 /// Offset of the identity in the info page.
 pub const INFO_IDENTITY: usize = 0x100;
 /// Offset of `tsc_khz`, the one word that `vmm` writes.
@@ -354,6 +358,7 @@ impl Meter {
         w.put(&self.balance_micro.to_le_bytes());
         w.put(&self.burn_micro_per_s.to_le_bytes());
         w.put(&self.seconds_left.to_le_bytes());
+        w.put(&self.purge_s.to_le_bytes());
         out
     }
 
@@ -368,6 +373,7 @@ impl Meter {
             balance_micro: r.u64()?,
             burn_micro_per_s: r.u64()?,
             seconds_left: r.u64()?,
+            purge_s: r.u64()?,
         })
     }
 }
@@ -515,6 +521,10 @@ pub enum VmmEvent {
     Reset,
     /// The VMM cannot go on; the number says where (see `vmm`'s `Fault`).
     Fault(u32),
+    /// The machine is in its file, whole, and ends.
+    Saved,
+    /// The machine could not be saved, and goes on.
+    NotSaved,
 }
 
 /// What `noded` tells `vmm`: one message of [`MESSAGE_SIZE`] bytes each.
@@ -526,6 +536,8 @@ pub enum VmmCommand {
     PowerButton,
     /// Answer to [`VmmEvent::Resumed`]: the guest may run. From then on it has lived, for all who ask.
     Go,
+    /// Save the machine to its file, and end.
+    Save,
 }
 
 /// Bytes of a message between `noded` and `vmm`.
@@ -550,6 +562,8 @@ impl VmmEvent {
                 w.put(&[6]);
                 w.put(&code.to_le_bytes());
             }
+            VmmEvent::Saved => w.put(&[7]),
+            VmmEvent::NotSaved => w.put(&[8]),
         }
         out
     }
@@ -567,6 +581,8 @@ impl VmmEvent {
             4 => Some(VmmEvent::PowerOff),
             5 => Some(VmmEvent::Reset),
             6 => Some(VmmEvent::Fault(r.u32()?)),
+            7 => Some(VmmEvent::Saved),
+            8 => Some(VmmEvent::NotSaved),
             _ => None,
         }
     }
@@ -583,6 +599,7 @@ impl VmmCommand {
             }
             VmmCommand::PowerButton => out[0] = 2,
             VmmCommand::Go => out[0] = 3,
+            VmmCommand::Save => out[0] = 4,
         }
         out
     }
@@ -596,6 +613,7 @@ impl VmmCommand {
             1 => Some(VmmCommand::PayDone(bytes[1] == 1)),
             2 => Some(VmmCommand::PowerButton),
             3 => Some(VmmCommand::Go),
+            4 => Some(VmmCommand::Save),
             _ => None,
         }
     }

@@ -52,19 +52,24 @@ pub enum Op {
     Console = 5,
     /// End the VM and certify what is unused.
     Stop = 6,
+    /// Save the VM to the node's disk, where only storage is paid for.
+    Suspend = 7,
+    /// Go on with a VM that was saved.
+    Wake = 8,
 }
 
 impl Op {
     // tcb:stranger-begin
     fn parse(value: u8) -> Option<Self> {
         use Op::*;
-        [Hello, Boot, Pay, Status, Console, Stop].into_iter().find(|op| *op as u8 == value)
+        let all = [Hello, Boot, Pay, Status, Console, Stop, Suspend, Wake];
+        all.into_iter().find(|op| *op as u8 == value)
     }
 
     /// Bytes of the request's body that mean something, and that its tag covers.
     pub fn request_size(self) -> usize {
         match self {
-            Op::Hello | Op::Status => 0,
+            Op::Hello | Op::Status | Op::Suspend | Op::Wake => 0,
             Op::Boot => BOOT_TOKEN_SIZE,
             Op::Pay => 36,
             Op::Console => 8,
@@ -129,6 +134,12 @@ pub enum Status {
     NodeFault = 10,
     /// The job has run: it is not stopped on the condition that it has not.
     Resumed = 11,
+    /// The node has no disk to keep this VM on.
+    NoDisk = 12,
+    /// The balance does not cover what was asked for.
+    Unpaid = 13,
+    /// Not now: the VM is being booted.
+    NotYet = 14,
 }
 
 impl Status {
@@ -148,6 +159,9 @@ impl Status {
             TooManySteps,
             NodeFault,
             Resumed,
+            NoDisk,
+            Unpaid,
+            NotYet,
         ]
         .into_iter()
         .find(|status| *status as u8 == value)
@@ -230,6 +244,10 @@ pub enum Request {
     Console(u64),
     /// See [`Op::Stop`]; whether only a job that never ran is to be stopped.
     Stop(bool),
+    /// See [`Op::Suspend`].
+    Suspend,
+    /// See [`Op::Wake`].
+    Wake,
 }
 
 impl Request {
@@ -242,6 +260,8 @@ impl Request {
             Request::Status => Op::Status,
             Request::Console(_) => Op::Console,
             Request::Stop(_) => Op::Stop,
+            Request::Suspend => Op::Suspend,
+            Request::Wake => Op::Wake,
         }
     }
 
@@ -256,7 +276,7 @@ impl Request {
         packet[7] = party as u8;
         let mut w = Writer::new(&mut packet[BODY..]);
         match self {
-            Request::Hello | Request::Status => {}
+            Request::Hello | Request::Status | Request::Suspend | Request::Wake => {}
             Request::Stop(unless_resumed) => w.put(&[u8::from(*unless_resumed)]),
             Request::Boot(token, _) => w.put(&token.emit()),
             Request::Pay(token) => {
@@ -288,6 +308,8 @@ impl Request {
             Op::Status => Request::Status,
             Op::Console => Request::Console(r.u64()?),
             Op::Stop => Request::Stop(r.u8()? == 1),
+            Op::Suspend => Request::Suspend,
+            Op::Wake => Request::Wake,
         };
         Some((request, nonce(packet), unchecked.job()))
     }
@@ -337,6 +359,10 @@ pub struct Hello {
     pub mem_mib: u32,
     /// Memory not given out, MiB.
     pub mem_mib_free: u32,
+    /// Disk that VMs can have in all, MiB: for disks of their own, and to be saved on. 0: none is ever saved.
+    pub disk_mib: u32,
+    /// Disk not given out, MiB.
+    pub disk_mib_free: u32,
     /// Processors.
     pub cpus: u16,
     /// VMs that can still be started.
@@ -410,8 +436,13 @@ pub struct JobStatus {
     pub spent_micro: u64,
     /// Micro-tokens a second at the present rate.
     pub burn_micro_per_s: u64,
-    /// Seconds left at the present rate.
+    /// Seconds left at the present rate: until a running VM is saved, or purged where it cannot be; until a saved one
+    /// is purged. `u64::MAX` where nothing is charged.
     pub seconds_left: u64,
+    /// Seconds until all of it is gone, at the present rate; for a saved VM a promise. `u64::MAX` where nothing is charged.
+    pub purge_s: u64,
+    /// Micro-tokens to pay before a saved VM wakes up by itself; 0 for one that was saved by SUSPEND, which only WAKE wakes.
+    pub wake_micro: u64,
     /// Milliseconds since the VM was started.
     pub age_ms: u64,
     /// Meter: microseconds of processor time.
@@ -455,6 +486,10 @@ pub enum Reply {
     Console(ConsoleSlice),
     /// To STOP: the certificate's bytes.
     Stop([u8; CERTIFICATE_SIZE]),
+    /// To SUSPEND: it is under way, or done when the stage says so.
+    Suspend(JobStatus),
+    /// To WAKE: it is under way, or done when the stage says so.
+    Wake(JobStatus),
     /// The request was understood and not done.
     Refused(Op, Status),
 }
@@ -469,6 +504,8 @@ impl Reply {
             Reply::Status(_) => (Op::Status, Status::Ok),
             Reply::Console(_) => (Op::Console, Status::Ok),
             Reply::Stop(_) => (Op::Stop, Status::Ok),
+            Reply::Suspend(_) => (Op::Suspend, Status::Ok),
+            Reply::Wake(_) => (Op::Wake, Status::Ok),
             Reply::Refused(op, status) => (*op, *status),
         };
         let mut packet = head(op as u8 | REPLY, status as u8, nonce, job);
@@ -490,7 +527,7 @@ impl Reply {
                 w.put(&paid.last_index.to_le_bytes());
                 w.put(&paid.balance_micro.to_le_bytes());
             }
-            Reply::Status(status) => status.emit(w),
+            Reply::Status(status) | Reply::Suspend(status) | Reply::Wake(status) => status.emit(w),
             Reply::Console(slice) => {
                 w.put(&slice.offset.to_le_bytes());
                 w.put(&slice.total.to_le_bytes());
@@ -537,6 +574,8 @@ impl Reply {
                 Reply::Console(ConsoleSlice { offset, total, len, data: r.array()? })
             }
             Op::Stop => Reply::Stop(r.array()?),
+            Op::Suspend => Reply::Suspend(JobStatus::parse(r)?),
+            Op::Wake => Reply::Wake(JobStatus::parse(r)?),
         })
     }
 }
@@ -561,6 +600,8 @@ impl Hello {
         w.put(&self.uptime_ms.to_le_bytes());
         w.put(&self.mem_mib.to_le_bytes());
         w.put(&self.mem_mib_free.to_le_bytes());
+        w.put(&self.disk_mib.to_le_bytes());
+        w.put(&self.disk_mib_free.to_le_bytes());
         w.put(&self.cpus.to_le_bytes());
         w.put(&self.slots_free.to_le_bytes());
         let prices = &self.prices;
@@ -577,6 +618,8 @@ impl Hello {
             uptime_ms: r.u64()?,
             mem_mib: r.u32()?,
             mem_mib_free: r.u32()?,
+            disk_mib: r.u32()?,
+            disk_mib_free: r.u32()?,
             cpus: r.u16()?,
             slots_free: r.u16()?,
             prices: Prices {
@@ -599,6 +642,8 @@ impl JobStatus {
             self.spent_micro,
             self.burn_micro_per_s,
             self.seconds_left,
+            self.purge_s,
+            self.wake_micro,
             self.age_ms,
             self.cpu_us,
             self.mem_mib_ms,
@@ -619,6 +664,8 @@ impl JobStatus {
             spent_micro: r.u64()?,
             burn_micro_per_s: r.u64()?,
             seconds_left: r.u64()?,
+            purge_s: r.u64()?,
+            wake_micro: r.u64()?,
             age_ms: r.u64()?,
             cpu_us: r.u64()?,
             mem_mib_ms: r.u64()?,

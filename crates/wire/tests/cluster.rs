@@ -17,6 +17,7 @@ price.vcpu_s=800000
 price.gib_s=200000
 price.gib_sent=1000000
 price.disk_gib_s=10000
+keep_s=60
 ";
 
 #[test]
@@ -27,7 +28,7 @@ fn a_cluster_file_says_what_it_says() {
     assert_eq!(cluster.gateway, [198, 18, 0, 1]);
     let prices =
         Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 10_000 };
-    assert_eq!(cluster.prices, prices);
+    assert_eq!((cluster.prices, cluster.keep_s), (prices, 60));
 }
 
 #[test]
@@ -35,6 +36,7 @@ fn what_may_be_absent_is_free() {
     let short: Vec<&str> = FILE.lines().skip(1).take(2).collect();
     let cluster = Cluster::parse(&short.join("\r\n")).unwrap();
     assert_eq!((cluster.gateway, cluster.prices), ([0; 4], Prices::default()));
+    assert_eq!(cluster.keep_s, 300);
 }
 
 #[test]
@@ -48,6 +50,7 @@ fn a_wrong_cluster_file_is_refused_with_its_line() {
         ("network=198.18.0.0", "cluster file, line 1: not a /10 to /22"),
         ("gateway=198.18.0", "cluster file, line 1: not an IPv4 address"),
         ("price.gib_s=-1", "cluster file, line 1: not a price"),
+        ("keep_s=-1", "cluster file, line 1: not a number of seconds"),
         ("price.gib_s=18446744073709551616", "cluster file, line 1: not a price"),
     ];
     for (text, expected) in cases {

@@ -45,13 +45,23 @@ fn the_info_page_keeps_its_bytes() {
 
 #[test]
 fn the_meter_keeps_its_bytes() {
-    let meter =
-        Meter { stage: Stage::Running, balance_micro: 5, burn_micro_per_s: 6, seconds_left: 7 };
+    let meter = Meter {
+        stage: Stage::Running,
+        balance_micro: 5,
+        burn_micro_per_s: 6,
+        seconds_left: 7,
+        purge_s: 8,
+    };
     let bytes = meter.emit(6);
     check_golden(
         &bytes,
         // The digits themselves, split so that they are not taken for a digest's.
-        &["06000000010000000500000000000000", "06000000000000000700000000000000"].concat(),
+        &[
+            "06000000010000000500000000000000",
+            "06000000000000000700000000000000",
+            "0800000000000000",
+        ]
+        .concat(),
     );
     assert_eq!(Meter::parse(&bytes), Some(meter));
     assert_eq!(Meter::parse(&meter.emit(7)), None, "being written");
@@ -105,6 +115,8 @@ fn messages_of_vmm_come_back_as_they_were() {
         (VmmEvent::PowerOff, &[4]),
         (VmmEvent::Reset, &[5]),
         (VmmEvent::Fault(9), &[6, 9, 0, 0, 0]),
+        (VmmEvent::Saved, &[7]),
+        (VmmEvent::NotSaved, &[8]),
     ] {
         let bytes = event.emit();
         assert!(bytes.starts_with(first), "{event:?}: {bytes:?}");
@@ -117,6 +129,7 @@ fn messages_of_vmm_come_back_as_they_were() {
         (VmmCommand::PayDone(false), [1, 0]),
         (VmmCommand::PowerButton, [2, 0]),
         (VmmCommand::Go, [3, 0]),
+        (VmmCommand::Save, [4, 0]),
     ] {
         let bytes = command.emit();
         assert!(bytes.starts_with(&first));

@@ -9,7 +9,7 @@ use onde_wire::packet::*;
 use onde_wire::token::PaymentToken;
 use sample::*;
 
-fn requests() -> [(Request, &'static str); 6] {
+fn requests() -> [(Request, &'static str); 8] {
     let token = token();
     let tag = token.sign(&node());
     [
@@ -28,10 +28,12 @@ fn requests() -> [(Request, &'static str); 6] {
             "2487e40ff62e06ba9e8165eb011eb98a210b4487dcec4ab08a90d1e5e8130d1e",
         ),
         (Request::Stop(false), "6825dbe60093ce5f057f5aca714a2c1c62134634822923b4944ace1f72328d58"),
+        (Request::Suspend, "6de6cc619754b6e63a22196adfbbc73d6fa3ff355da992b4388a03cceec31525"),
+        (Request::Wake, "07da3cf130a207e729cf78f702b9d195628a07fb118bca63bb4692c4b5958035"),
     ]
 }
 
-fn replies() -> [(Reply, Op, &'static str); 7] {
+fn replies() -> [(Reply, Op, &'static str); 9] {
     let hello = Hello {
         node: token().node,
         incarnation: [3; 16],
@@ -39,6 +41,8 @@ fn replies() -> [(Reply, Op, &'static str); 7] {
         uptime_ms: 5000,
         mem_mib: 2048,
         mem_mib_free: 1024,
+        disk_mib: 512,
+        disk_mib_free: 256,
         cpus: 4,
         slots_free: 7,
         prices: Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 10_000 },
@@ -53,6 +57,8 @@ fn replies() -> [(Reply, Op, &'static str); 7] {
         spent_micro: 2,
         burn_micro_per_s: 3,
         seconds_left: 4,
+        purge_s: 10,
+        wake_micro: 11,
         age_ms: 5,
         cpu_us: 6,
         mem_mib_ms: 7,
@@ -68,7 +74,7 @@ fn replies() -> [(Reply, Op, &'static str); 7] {
         (
             Reply::Hello(hello),
             Op::Hello,
-            "000f8679f194552908fbca7c885aa9934b3fc552f9979517282586f3e5ca21d6",
+            "bd8d3d54bdad6bdabab6f5a9c28a6a0d16082c97d3c407e64186ef226f3a695e",
         ),
         (
             Reply::Boot(booted),
@@ -83,7 +89,7 @@ fn replies() -> [(Reply, Op, &'static str); 7] {
         (
             Reply::Status(status),
             Op::Status,
-            "802a365ccf652dae7d123e2d73fdc574ac93ad4da39a51a5f115ed8124dff926",
+            "d8c6186e89718fb0bea0f094876d5b25fc471bba5bad0510b68e5d39b92c0a7a",
         ),
         (
             Reply::Console(slice),
@@ -94,6 +100,16 @@ fn replies() -> [(Reply, Op, &'static str); 7] {
             Reply::Stop(certificate().sign(&certificates())),
             Op::Stop,
             "c13f14171d04cc5d788302c9471146ea319e5a0aebf5b8db175a2b30c0905af5",
+        ),
+        (
+            Reply::Suspend(status),
+            Op::Suspend,
+            "c9f0e0ff70fef6d6c6d0f37e080bb60e45f7332656770f22c1bcba2acb3bf4e2",
+        ),
+        (
+            Reply::Wake(status),
+            Op::Wake,
+            "9e34e1e75fcf10e3d012d11dc1197b6871005b5356d8da564266367f97cf922e",
         ),
         (refused, Op::Boot, "b7255506a399b5894e2122bb76bfd933fc15dd62566bc8714481d32f89bad8c0"),
     ]
@@ -219,7 +235,7 @@ fn a_reply_with_a_senseless_body_is_refused() {
         assert_eq!(Reply::parse(&packet, op, NONCE, None), None, "{op:?} {at}");
     }
     let mut packet = replies()[2].0.emit(NONCE, &JOB, &job());
-    packet[6] = 12;
+    packet[6] = 15;
     assert_eq!(Reply::parse(&packet, Op::Pay, NONCE, None), None, "no such status");
 }
 

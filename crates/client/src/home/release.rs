@@ -57,7 +57,8 @@ pub fn next(deal: &Deal, status: &JobStatus, job: &Job) -> Act {
     let wanted = status.spent_micro.saturating_add(release).div_ceil(value);
     let wanted = u32::try_from(wanted).unwrap_or(u32::MAX).min(released.saturating_add(STEPS_MAX));
     let bought = job.bought().max(released);
-    let is_due = held < release / 2 || status.stage == Stage::Low;
+    // One that ran dry sleeps until it gets this.
+    let is_due = held < release / 2 || status.stage == Stage::Low || status.wake_micro > 0;
     if is_due && bought > released {
         return Act::Show(wanted.min(bought));
     }

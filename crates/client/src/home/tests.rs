@@ -36,6 +36,8 @@ pub(crate) fn honest(age_s: u64, cpu_s: u64, last_index: u32) -> JobStatus {
         spent_micro: 0,
         burn_micro_per_s: 0,
         seconds_left: 0,
+        purge_s: 0,
+        wake_micro: 0,
         age_ms: age_s * 1000,
         cpu_us: cpu_s * 1_000_000,
         mem_mib_ms: age_s * 1000 * u64::from(DEAL.mem_mib),

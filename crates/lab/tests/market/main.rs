@@ -5,6 +5,7 @@
 //! `cargo test -p onde-lab --test market -- WORD` runs the cases with WORD in their name; with `ONDE_ROUNDS=N` in the
 //! environment all of them N times, in the same lab.
 
+mod descent;
 mod failures;
 mod forks;
 mod programs;
@@ -21,7 +22,7 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 26] = [
+const CASES: [Case; 29] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
@@ -30,6 +31,9 @@ const CASES: [Case; 26] = [
     ("snapshot_wakes_up_twice", snapshots::wakes_up_twice),
     ("forks_are_themselves", forks::are_themselves),
     ("fork_without_room_harms_no_other", forks::without_room),
+    ("suspended_by_hand_goes_on_and_gives_change", descent::by_hand),
+    ("dry_job_sleeps_is_paid_and_goes_on", descent::dry_then_paid),
+    ("dry_job_is_purged_when_it_was_said", descent::purged_in_time),
     ("node_is_as_before", programs::node_is_as_before),
     ("wrong_boot_token_is_not_answered", tokens::wrong),
     ("boot_token_of_another_node_is_not_answered", tokens::other_node),

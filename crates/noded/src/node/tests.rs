@@ -6,8 +6,10 @@ use onde_wire::chain::STEPS_MAX;
 use onde_wire::handover::COOKIE_SIZE;
 use onde_wire::token::{Certificate, PaymentToken};
 
+mod descent;
+
 use super::*;
-use crate::samples::{self, config};
+use crate::samples::{self, Dice, config};
 
 /// Something that happens to job `.0`.
 #[derive(Clone, Copy, Debug)]
@@ -25,6 +27,8 @@ enum Move {
     Stop(u8),
     /// STOP unless resumed.
     StopUnlessResumed(u8),
+    Suspend(u8),
+    Wake(u8),
     /// Its VMM says this.
     Says(u8, VmmEvent),
     /// Its guest pays up to this index.
@@ -35,6 +39,8 @@ enum Move {
     Busy(u8),
     /// So many milliseconds pass.
     Wait(u64),
+    /// So many milliseconds pass in which the node stands still.
+    Stall(u64),
 }
 
 /// A VM that was made up.
@@ -51,6 +57,8 @@ struct Bench {
     node: Node,
     now_ms: u64,
     vms: BTreeMap<u32, FakeVm>,
+    /// Jobs' files: MiB that a machine takes there.
+    files: BTreeMap<JobId, u32>,
     fails_to_create: bool,
     /// What came of the last move.
     heard: String,
@@ -64,7 +72,8 @@ impl Bench {
     fn new(config: Config) -> Self {
         let heard = String::new();
         let node = Node::new(config);
-        Self { node, now_ms: 1000, vms: BTreeMap::new(), fails_to_create: false, heard }
+        let (vms, files) = (BTreeMap::new(), BTreeMap::new());
+        Self { node, now_ms: 1000, vms, files, fails_to_create: false, heard }
     }
 
     fn make(&mut self, the_move: Move) -> String {
@@ -83,7 +92,14 @@ impl Bench {
             Move::Console(job, offset) => self.ask(job, Request::Console(offset)),
             Move::Stop(job) => self.ask(job, Request::Stop(false)),
             Move::StopUnlessResumed(job) => self.ask(job, Request::Stop(true)),
-            Move::Says(job, event) => self.step(Event::Vmm(self.slot(job), event)),
+            Move::Suspend(job) => self.ask(job, Request::Suspend),
+            Move::Wake(job) => self.ask(job, Request::Wake),
+            Move::Says(job, event) => {
+                if event == VmmEvent::Saved {
+                    self.files.insert([job; 16], 100);
+                }
+                self.step(Event::Vmm(self.slot(job), event));
+            }
             Move::GuestPays(job, index) => {
                 let token = PaymentToken { index, value: samples::payment(index) };
                 self.step(Event::Vmm(self.slot(job), VmmEvent::Pay(token)));
@@ -94,6 +110,10 @@ impl Bench {
                 self.vms.get_mut(&slot).expect("it lives").busy_from_ms = Some(now_ms);
             }
             Move::Wait(time_ms) => self.wait(time_ms),
+            Move::Stall(time_ms) => {
+                self.now_ms += time_ms;
+                self.wait(0);
+            }
         }
         self.heard.trim_end().to_owned()
     }
@@ -117,9 +137,11 @@ impl Bench {
     }
 
     fn bury(&mut self, slot: u32) {
-        self.vms.remove(&slot).expect("it lives");
+        let vm = self.vms.remove(&slot).expect("it lives");
         self.now_ms += 5;
-        self.step(Event::Gone(slot, Tail { total: 5000, bytes: b"the end".to_vec() }));
+        let saved_mib = self.files[&[vm.job; 16]];
+        let tail = Tail { total: 5000, bytes: b"the end".to_vec() };
+        self.step(Event::Gone(slot, tail, saved_mib));
     }
 
     /// Lets time pass as the loop does.
@@ -154,6 +176,7 @@ impl Bench {
                 None
             }
             Effect::Create(slot, spec) => {
+                self.keep_files(&spec);
                 if !self.fails_to_create {
                     self.create(slot, spec);
                 }
@@ -161,6 +184,15 @@ impl Bench {
             }
             Effect::Kill(slot) => {
                 self.vms.get_mut(&slot).expect("only what lives is killed").is_killed = true;
+                None
+            }
+            Effect::Forget(job) => {
+                self.files.remove(&job).expect("its files are freed once");
+                assert!(self.vms.values().all(|vm| vm.job != job[0]), "its VM lives");
+                None
+            }
+            Effect::Empty(slot) => {
+                self.files.insert([self.vms[&slot].job; 16], 0);
                 None
             }
             Effect::Read(slot) => {
@@ -187,12 +219,22 @@ impl Bench {
         }
     }
 
+    fn keep_files(&mut self, spec: &Spec) {
+        let files = self.files.insert(spec.identity.job, 0);
+        assert_eq!(files.is_some(), spec.wakes, "files are new, or those of before");
+        if let Some(saved_mib) = files {
+            assert_eq!(saved_mib, 100, "a machine without its file");
+            self.files.insert(spec.identity.job, saved_mib);
+        }
+    }
+
     fn create(&mut self, slot: u32, spec: Spec) {
         let meter = Meter {
             stage: onde_wire::machine::Stage::Booting,
             balance_micro: 0,
             burn_micro_per_s: 0,
             seconds_left: 0,
+            purge_s: 0,
         };
         let vm = FakeVm {
             job: spec.identity.job[0],
@@ -205,10 +247,8 @@ impl Bench {
     }
 
     fn hear(&mut self, cookie: Cookie, packet: &Packet) {
-        let op = [Op::Boot, Op::Pay, Op::Status, Op::Console, Op::Stop]
-            .into_iter()
-            .find(|op| *op as u8 == cookie[0])
-            .expect("a cookie that we gave");
+        let ops = [Op::Boot, Op::Pay, Op::Status, Op::Console, Op::Stop, Op::Suspend, Op::Wake];
+        let op = ops.into_iter().find(|op| *op as u8 == cookie[0]).expect("a cookie that we gave");
         let job = packet[16];
         let reply = Reply::parse(packet, op, 7, Some(&job_key(job))).expect("a reply to us");
         self.heard += &words(&reply);
@@ -223,15 +263,24 @@ impl Bench {
         assert_eq!(node.mem_mib_free + all_held, node.config.mem_mib, "memory was lost");
         for (id, record) in &node.jobs {
             let job = &record.job;
-            assert_eq!(job.is_there(), node.slots[job.slot() as usize] == Some(*id));
+            if let Some(slot) = job.slot() {
+                assert_eq!(node.slots[slot as usize], Some(*id), "one slot, one job");
+            }
+            assert_eq!(node.saved.contains(id), job.is_saved());
+            assert_eq!(self.files.contains_key(id), !job.is_over(), "files without a job");
+            // Alive in a process or in a file, and never in neither while it is to go on.
+            assert!(job.is_over() || job.slot().is_some() || job.is_saved());
             let certificate = job.certificate(node.config.node, node.config.incarnation);
             let paid = u64::from(certificate.last_index) * job.token().value_micro;
             assert_eq!(certificate.spent_micro + certificate.unused_micro, paid, "change was lost");
         }
-        for vm in self.vms.values() {
+        for (slot, vm) in &self.vms {
             let record = &node.jobs[&[vm.job; 16]];
-            assert!(record.job.is_there(), "a VM lives without a job");
+            assert_eq!(record.job.slot(), Some(*slot), "a VM lives without a job");
         }
+        let disk = node.jobs.values().filter(|record| !record.job.is_over());
+        let disk: u32 = disk.map(|record| record.job.disk_mib()).sum();
+        assert_eq!(node.disk_mib_free + disk, node.config.disk_mib, "disk was lost");
     }
 }
 
@@ -241,15 +290,8 @@ fn words(reply: &Reply) -> String {
             format!("booted .{} with {}", booted.ipv4[3], booted.balance_micro)
         }
         Reply::Pay(paid) => format!("paid {} left {}", paid.last_index, paid.balance_micro),
-        Reply::Status(status) => format!(
-            "{} {:?} spent {} left {} burn {} for {} s",
-            status.stage.name(),
-            status.end,
-            status.spent_micro,
-            status.balance_micro,
-            status.burn_micro_per_s,
-            status.seconds_left
-        ),
+        Reply::Status(status) => told(status),
+        Reply::Suspend(status) | Reply::Wake(status) => status.stage.name().into(),
         Reply::Console(slice) => {
             let text = String::from_utf8_lossy(&slice.data[..slice.len.into()]).into_owned();
             format!("{text:?} at {} of {}", slice.offset, slice.total)
@@ -265,6 +307,25 @@ fn words(reply: &Reply) -> String {
         Reply::Refused(_, status) => format!("{status:?}"),
         Reply::Hello(_) => "hello".into(),
     }
+}
+
+fn told(status: &onde_wire::packet::JobStatus) -> String {
+    let mut text = format!(
+        "{} {:?} spent {} left {} burn {} for {} s",
+        status.stage.name(),
+        status.end,
+        status.spent_micro,
+        status.balance_micro,
+        status.burn_micro_per_s,
+        status.seconds_left
+    );
+    if status.purge_s != status.seconds_left {
+        text += &format!(", kept {} s", status.purge_s - status.seconds_left);
+    }
+    if status.wake_micro > 0 {
+        text += &format!(", wakes for {}", status.wake_micro);
+    }
+    text
 }
 
 fn check(moves: &[(Move, &str)]) {
@@ -295,7 +356,7 @@ fn a_job_lives_pays_and_gets_its_change() {
         (Console(1, 4), "\"xx\" at 4 of 9"),
         // Charged up to the moment of STOP.
         (Stop(1), "certificate 5 spent 50018 unused 4949982"),
-        (Status(1), "stopped Stopped spent 50018 left 4949982 burn 0 for 18446744073709551615 s"),
+        (Status(1), "stopped Stopped spent 50018 left 4949982 burn 0 for 0 s"),
         (Console(1, 4995), "\"e end\" at 4995 of 5000"),
         (Console(1, 0), "\"the end\" at 4993 of 5000"),
     ]);
@@ -383,9 +444,9 @@ fn a_vm_runs_as_long_as_it_paid_and_no_longer() {
         (Busy(1), ""),
         // 800 000 for the processor and 25 009 for the rest: 3 636 ms, and no more than one shortest tick.
         (Wait(3630), ""),
-        (Status(1), "running None spent 2990658 left 9342 burn 825009 for 0 s"),
+        (Status(1), "low None spent 2990658 left 9342 burn 825009 for 0 s"),
         (Wait(20), ""),
-        (Status(1), "purged OutOfTokens spent 3000000 left 0 burn 0 for 18446744073709551615 s"),
+        (Status(1), "purged OutOfTokens spent 3000000 left 0 burn 0 for 0 s"),
         (Pay(1, 4), "Ended"),
         (Stop(1), "certificate 3 spent 3000000 unused 0"),
     ]);
@@ -397,7 +458,7 @@ fn what_ended_costs_nothing_more() {
         [(Vmm::PowerOff, End::PowerOff), (Vmm::Reset, End::Reset), (Vmm::Fault(3), End::Fault)]
     {
         let ended = format!("ended {reason:?} spent 25009 left 2974991 burn 0");
-        let ended = format!("{ended} for 18446744073709551615 s");
+        let ended = format!("{ended} for 0 s");
         check(&[
             (Boot(1), "booted .2 with 3000000"),
             (Says(1, Vmm::Resumed), "Go"),
@@ -419,7 +480,7 @@ fn a_vmm_that_dies_ends_its_job_as_a_fault() {
     check(&[
         (Boot(1), "booted .2 with 3000000"),
         (Dies(1), ""),
-        (Status(1), "ended Fault spent 0 left 3000000 burn 0 for 18446744073709551615 s"),
+        (Status(1), "ended Fault spent 0 left 3000000 burn 0 for 0 s"),
         (Boot(1), "Ended"),
         (Stop(1), "certificate 3 spent 0 unused 3000000"),
     ]);
@@ -433,10 +494,7 @@ fn nobody_holds_memory_for_a_loader_that_does_not_come() {
         (Wait(89_000), ""),
         (Wait(2000), ""),
         (Stop(1), "certificate 100 spent 2250838 unused 97749162"),
-        (
-            Status(1),
-            "ended BootTimeout spent 2250838 left 97749162 burn 0 for 18446744073709551615 s",
-        ),
+        (Status(1), "ended BootTimeout spent 2250838 left 97749162 burn 0 for 0 s"),
         (Boot(2), "Expired"),
     ]);
 }
@@ -550,23 +608,12 @@ fn the_broker_is_answered_under_its_own_key() {
     assert!(answered > 0);
 }
 
-/// A few lines that give the same numbers for the same seed everywhere (SplitMix64, Steele and others, 2014).
-struct Dice(u64);
-
 impl Dice {
-    fn throw(&mut self, sides: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % sides
-    }
-
     /// Any move that makes sense to somebody.
     fn a_move(&mut self, bench: &Bench) -> Move {
         let job = self.throw(12) as u8;
         let lives = bench.vms.values().any(|vm| vm.job == job);
-        match self.throw(12) {
+        match self.throw(16) {
             0 | 1 => Boot(job),
             2 => Pay(job, self.throw(40) as u32),
             3 => PayWrong(job, self.throw(40) as u32),
@@ -580,6 +627,10 @@ impl Dice {
             9 if lives => Busy(job),
             10 if lives => Dies(job),
             11 => Console(job, self.throw(6000)),
+            12 => Suspend(job),
+            13 => Wake(job),
+            14 if lives => Says(job, [Vmm::Saved, Vmm::NotSaved][self.throw(2) as usize]),
+            15 => Stall(self.throw(9000)),
             _ => Wait(self.throw(3000)),
         }
     }
@@ -588,7 +639,9 @@ impl Dice {
 #[test]
 fn whatever_happens_no_change_is_lost() {
     for seed in 0..60 {
-        let (mut dice, mut bench) = (Dice(seed), Bench::new(config()));
+        let disk_mib = [0, 300, 2000][seed as usize % 3];
+        let config = Config { disk_mib, ..config() };
+        let (mut dice, mut bench) = (Dice(seed), Bench::new(config));
         let mut certificates = BTreeMap::new();
         let mut moves = Vec::new();
         for _ in 0..150 {

@@ -31,6 +31,7 @@ fn main() {
         "69" => std::process::exit(3),
         "70" => print(&console, &pay_wrongly(&control)),
         "71" => eprintln!("a word for the log"),
+        "72" => live_on_disk(&control),
         other => panic!("no part for {other} MiB"),
     }
     // Until it is killed.
@@ -45,6 +46,23 @@ fn tell(control: &OwnedFd, event: VmmEvent) {
 fn print(console: &File, text: &str) {
     console.write_all_at(text.as_bytes(), PAGE_SIZE).expect("the ring has room");
     console.write_all_at(&(text.len() as u64).to_le_bytes(), 0).expect("the ring has a head");
+}
+
+/// Goes on where it was, and writes where that is when it is told to.
+fn live_on_disk(control: &OwnedFd) {
+    let saved: File = handed_down(fds::SAVED).expect("room on disk").into();
+    let mut machine = [0; 7];
+    saved.read_exact_at(&mut machine, 0).expect("a file as large as a machine");
+    let wakes = std::env::args().any(|arg| arg == "--wakes");
+    assert_eq!(&machine == b"machine", wakes, "what was written is there, and only then");
+    tell(control, VmmEvent::Resumed);
+    let mut message = [0u8; MESSAGE_SIZE];
+    while let Ok((size, _)) = rustix::net::recv(control, &mut message[..], RecvFlags::empty()) {
+        if VmmCommand::parse(&message[..size]) == Some(VmmCommand::Save) {
+            saved.write_all_at(b"machine", 0).expect("room for it");
+            tell(control, VmmEvent::Saved);
+        }
+    }
 }
 
 /// What the process can see and do, a line each.

@@ -40,7 +40,8 @@ pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCo
     let (dismiss, dismissed) = channel();
     let followed = std::thread::scope(|scope| {
         let progress = Progress::of(&job);
-        scope.spawn(move || payer::run(&mut home, progress, report, &dismissed));
+        let job = &job;
+        scope.spawn(move || payer::run(&mut home, job, progress, report, &dismissed));
         let followed = console::print(&job, true);
         drop(dismiss);
         followed

@@ -29,11 +29,17 @@ struct Told {
     balance_micro: u64,
     spent_micro: u64,
     burn_micro_per_s: u64,
+    /// Until it goes to disk, or is purged where it cannot; on disk: until it is purged.
     seconds_left: u64,
+    /// Until it is purged.
+    purge_s: u64,
+    /// What to pay before it wakes up by itself.
+    wake_micro: u64,
     age_ms: u64,
     cpu_us: u64,
     mem_mib_ms: u64,
     sent_bytes: u64,
+    disk_mib_ms: u64,
 }
 
 pub fn status(name: &str, json: bool) -> Result<()> {
@@ -64,10 +70,13 @@ fn told(job: &Job, status: &JobStatus) -> Told {
         spent_micro: status.spent_micro,
         burn_micro_per_s: status.burn_micro_per_s,
         seconds_left: status.seconds_left,
+        purge_s: status.purge_s,
+        wake_micro: status.wake_micro,
         age_ms: status.age_ms,
         cpu_us: status.cpu_us,
         mem_mib_ms: status.mem_mib_ms,
         sent_bytes: status.sent_bytes,
+        disk_mib_ms: status.disk_mib_ms,
     }
 }
 
@@ -90,16 +99,16 @@ fn text(told: &Told) -> String {
     let seconds = |micro: u64| micro as f64 / 1e6;
     format!(
         "job      {}{name}\nprogram  {}\nguest    {} on node {}\nstage    {}{end}\n\
-         balance  {} tokens, {} left at {} a second\nspent    {} of {} paid, budget {}\n\
-         meters   {:.1} s alive, {:.2} s of processor, {:.3} GiB-s of memory, {} KiB sent\n",
+         balance  {} tokens, {}\nspent    {} of {} paid, budget {}\n\
+         meters   {:.1} s alive, {:.2} s of processor, {:.3} GiB-s of memory, {} KiB sent, \
+         {:.3} GiB-s of disk\n",
         told.id,
         told.program,
         told.guest,
         told.node,
         told.stage,
         tokens(told.balance_micro),
-        span(told.seconds_left),
-        cost(told.burn_micro_per_s),
+        left(told),
         cost(told.spent_micro),
         told.tokens_paid,
         told.budget,
@@ -107,7 +116,25 @@ fn text(told: &Told) -> String {
         seconds(told.cpu_us),
         told.mem_mib_ms as f64 / 1024.0 / 1e3,
         told.sent_bytes >> 10,
+        told.disk_mib_ms as f64 / 1024.0 / 1e3,
     )
+}
+
+/// How long the balance lasts, and what comes then.
+fn left(told: &Told) -> String {
+    let (left, rate) = (span(told.seconds_left), cost(told.burn_micro_per_s));
+    let text = format!("{left} left at {rate} a second");
+    match told.stage {
+        "suspended" if told.wake_micro > 0 => {
+            format!("{left} on disk left; {} more wake it up", cost(told.wake_micro))
+        }
+        "suspended" => format!("{left} on disk left; onde resume wakes it up"),
+        "booting" | "running" | "low" if told.purge_s > told.seconds_left => {
+            format!("{text}, then {} on disk", span(told.purge_s.saturating_sub(told.seconds_left)))
+        }
+        "booting" | "running" | "low" => format!("{text}, then it is purged"),
+        _ => "nothing is charged any more".to_owned(),
+    }
 }
 
 pub fn pay(name: &str, count: u32, report: &Report) -> Result<()> {

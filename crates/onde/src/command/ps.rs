@@ -117,10 +117,15 @@ fn row(job: &Job, state: &str, status: Option<&JobStatus>) -> Row {
         burn_micro_per_s: status.map(|status| status.burn_micro_per_s),
         sold: job.sold,
         budget: job.budget,
-        seconds_left: status.map(|status| status.seconds_left),
+        // What is over has nothing left to wait for.
+        seconds_left: status.filter(|status| lives(status)).map(|status| status.seconds_left),
         dry_s: status.and_then(|status| dry_s(job, status)),
         distrust: job.distrust.clone().filter(|_| status.is_some()),
     }
+}
+
+fn lives(status: &JobStatus) -> bool {
+    status.stage.is_alive() || status.stage == Stage::Suspended
 }
 
 /// Seconds that balance and budget last at the present rate; `None` where nothing burns.

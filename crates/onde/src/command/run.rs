@@ -92,7 +92,8 @@ fn follow(
     interrupt: &Interrupt,
     report: &Report,
 ) -> Result<(Ended, Outcome), SessionError> {
-    let session = Session::new(session::dial(job), BOOT_PATIENCE);
+    let session =
+        Session::new(session::dial(job), BOOT_PATIENCE).while_asleep(session::sleeps(job));
     let (remote, payers_remote) = (session.remote(), session.remote());
     let (dismiss, dismissed) = channel();
     let (leave, left) = channel();
@@ -129,7 +130,7 @@ fn pay(cluster: &Cluster, job: &Job, report: &Report, dismissed: Receiver<()>) -
         return Outcome::Dismissed;
     };
     let mut home = Home::new(echo, cluster.broker.clone(), cluster.jobs.clone(), job);
-    payer::run(&mut home, Progress::of(job), report, &dismissed)
+    payer::run(&mut home, job, Progress::of(job), report, &dismissed)
 }
 
 /// Why the program did not come to its own end, where it did not.

@@ -3,8 +3,11 @@
 use anyhow::{Context, Result};
 use onde_client::bootstrap;
 use onde_client::channel::{Channel, ChannelError};
+use onde_client::echo::{Echo, Policy};
 use onde_client::job::Job;
+use onde_client::node::NodeError;
 use onde_client::session::{Ended, FROM_END, Session, SessionError, Streams};
+use onde_wire::machine::Stage;
 use onde_wire::session::{Launch, Refusal};
 use std::ffi::OsString;
 use std::io::{ErrorKind, stderr, stdin, stdout};
@@ -28,6 +31,16 @@ const FAREWELL: Duration = Duration::from_secs(2);
 pub fn dial(job: &Job) -> impl FnMut() -> Result<Channel, ChannelError> + use<> {
     let (handle, guest) = (job.handle(), job.guest_ipv4);
     move || bootstrap::connect(&handle, guest, Duration::ZERO)
+}
+
+/// Whether a job's VM is on its node's disk at present.
+pub fn sleeps(job: &Job) -> impl FnMut() -> bool + Send + use<> {
+    let handle = job.handle();
+    move || {
+        let asked = Echo::open().map_err(NodeError::from);
+        let status = asked.and_then(|mut echo| handle.status(&mut echo, Policy::default()));
+        status.is_ok_and(|status| status.stage == Stage::Suspended)
+    }
 }
 
 /// This process's own streams.

@@ -9,7 +9,7 @@ use super::vcpu::Vcpu;
 use super::vcpu_state::VcpuState;
 use crate::fault::{Fault, Part};
 use crate::gathering::Call;
-use crate::machine::Machine;
+use crate::machine::{Machine, Source};
 use crate::state::{self, HEAD_SIZE};
 
 /// Exits after which an access is done: a string instruction of a page makes one for each byte at most.
@@ -59,7 +59,7 @@ impl Vcpu {
     /// FREEZE, for a copy with `role`.
     pub fn freeze(&mut self, role: u32, machine: &Machine) -> Result<u32, Fault> {
         let calls = (0..machine.shape.vcpus).map(|_| Call::Save).collect();
-        if !machine.gathering.call(self.id, calls) {
+        if !machine.gathering.call(Some(self.id), calls) {
             return Ok(RESULT_INVALID);
         }
         // Its own part in it, which nobody else takes.
@@ -86,12 +86,17 @@ impl Vcpu {
             return Ok(RESULT_INVALID);
         }
         drop(view);
-        let Some(mut source) = machine.parse_source(&bytes) else { return Ok(RESULT_UNREADABLE) };
+        let Some(source) = machine.parse_source(&bytes) else { return Ok(RESULT_UNREADABLE) };
+        self.go_on(source, machine)
+    }
+
+    /// Makes all vCPUs the guest's, who goes on where it was saved. Called by the first vCPU's thread.
+    pub fn go_on(&mut self, mut source: Source, machine: &Machine) -> Result<u32, Fault> {
         let calls = std::mem::take(&mut source.vcpus)
             .into_iter()
             .map(|vcpu| Call::Load(Box::new(vcpu)))
             .collect();
-        if !machine.gathering.call(self.id, calls) {
+        if !machine.gathering.call(Some(self.id), calls) {
             return Ok(RESULT_INVALID);
         }
         self.finish_access(machine)?;
@@ -103,8 +108,8 @@ impl Vcpu {
         if machine.gathering.all(self.id, None).is_none() {
             return Ok(RESULT_OK);
         }
-        // All that can fail comes first: whoever got leave has lived. The devices, which could send something, come after
-        // it.
+        // All that can fail comes first: whoever got leave has lived, and nobody goes back to what was before it. The
+        // devices, which could send something, come after it.
         machine.load_clock(&source)?;
         drop(turn);
         machine.noded.ask_leave();

@@ -93,6 +93,9 @@ impl Vcpu {
             return machine.end(Outcome::Fault(fault));
         }
         machine.gathering.join(self.id, Thread::current());
+        if let Err(fault) = self.wake(&machine) {
+            return machine.end(Outcome::Fault(fault));
+        }
         while !machine.has_ended() {
             if let Err(fault) = self.attend(&machine) {
                 return machine.end(Outcome::Fault(fault));
@@ -104,6 +107,18 @@ impl Vcpu {
             if let Some(request) = request {
                 self.carry_out(request, &machine);
             }
+        }
+    }
+
+    /// Where this machine is one that was saved: the first vCPU goes on from there, and has all others do so.
+    fn wake(&mut self, machine: &Machine) -> Result<(), Fault> {
+        if self.id != FIRST {
+            return Ok(());
+        }
+        let Some(source) = machine.take_waking() else { return Ok(()) };
+        match self.go_on(source, machine)? {
+            RESULT_OK => Ok(()),
+            result => Err(Fault::new(Part::Saved, format!("wake up: result {result}"))),
         }
     }
 

@@ -28,7 +28,7 @@ pub struct Source {
 }
 
 impl Machine {
-    fn checkpoint(&self) -> MutexGuard<'_, Checkpoint> {
+    pub(super) fn checkpoint(&self) -> MutexGuard<'_, Checkpoint> {
         self.checkpoint.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -61,7 +61,7 @@ impl Machine {
         Ok(RESULT_OK)
     }
 
-    fn save(&self, role: u32, vcpus: Vec<Vec<u8>>) -> Result<State, Fault> {
+    pub(super) fn save(&self, role: u32, vcpus: Vec<Vec<u8>>) -> Result<State, Fault> {
         let vm = self.vm.save()?;
         Ok(State {
             shape: self.shape,

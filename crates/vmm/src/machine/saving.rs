@@ -1,0 +1,76 @@
+//! A machine that `noded` has saved to a file, and one that wakes up from it. The guest has no part in either: it stands
+//! still at one instruction and goes on at the same.
+
+use std::sync::PoisonError;
+
+use onde_wire::machine::VmmEvent;
+use onde_wire::stream::Start;
+
+use super::{Machine, Outcome, Source};
+use crate::fault::{Fault, Part};
+use crate::gathering::Call;
+use crate::kvm::vcpu_state::VcpuState;
+use crate::saved;
+
+impl Machine {
+    fn start_record(&self) -> Start {
+        Start { job: self.job, mem_bytes: self.shape.mem_bytes, vcpus: self.shape.vcpus }
+    }
+
+    /// Saves the machine and ends it; the I/O thread calls this. False where it is being copied or resumed now: try again.
+    /// A machine that cannot be saved goes on, and `noded` is told.
+    pub fn save_to_file(&self) -> bool {
+        let _turn = self.io_turn();
+        let calls = (0..self.shape.vcpus).map(|_| Call::Save).collect();
+        if !self.gathering.call(None, calls) {
+            return false;
+        }
+        // Whoever waits for something else comes to the call first. A payment that `noded` answers later was made all
+        // the same: the guest hands the token in again.
+        self.noded.pay_done(false);
+        self.arrivals.announce();
+        let Some(states) = self.gathering.others() else { return true };
+        if self.checkpoint().is_frozen() {
+            // A copy of it may live soon: its own end decides.
+            self.gathering.release();
+            return false;
+        }
+        let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
+        match self.save_all(vcpus) {
+            Ok(_) => self.end(Outcome::Saved),
+            Err(fault) => {
+                eprintln!("vmm: not saved: {fault}");
+                self.noded.tell(VmmEvent::NotSaved);
+                self.gathering.release();
+            }
+        }
+        true
+    }
+
+    fn save_all(&self, vcpus: Vec<Vec<u8>>) -> Result<u64, Fault> {
+        let nowhere = || Fault::new(Part::Saved, "there is no file for it");
+        let file = self.saved.as_ref().ok_or_else(nowhere)?;
+        let role = self.bus.control().role();
+        let state = self.save(role, vcpus)?.emit();
+        let ram = self.memory().ram.clone();
+        let written = saved::write(file, &self.start_record(), &ram, &state);
+        written.map_err(|error| Fault::new(Part::Saved, format!("write it: {error}")))
+    }
+
+    /// Reads the machine that this one goes on from, before any of its vCPUs runs.
+    pub fn read_saved(&self) -> Result<(), Fault> {
+        let nowhere = || Fault::new(Part::Saved, "there is no file to wake up from");
+        let file = self.saved.as_ref().ok_or_else(nowhere)?;
+        let ram = self.memory().ram.clone();
+        let state = saved::read(file, &self.start_record(), &ram)?;
+        let other = || Fault::new(Part::Saved, "the file holds another kind of machine");
+        let source = self.parse_source(&state).ok_or_else(other)?;
+        *self.waking.lock().unwrap_or_else(PoisonError::into_inner) = Some(source);
+        Ok(())
+    }
+
+    /// The machine to go on from, once.
+    pub fn take_waking(&self) -> Option<Source> {
+        self.waking.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+}
