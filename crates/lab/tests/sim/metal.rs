@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use noded::meter::Reading;
+use noded::meter::{Reading, Terms};
 use noded::node::{Config, Cookie, Effect, Event, Node, Note};
 use onde_wire::key::{self, Key};
 use onde_wire::machine::{VmmCommand, VmmEvent};
@@ -105,9 +105,11 @@ impl Metal {
             incarnation,
             node_key,
             plan: plan(),
-            prices: PRICES,
+            // These nodes have no disk: a VM that runs dry is purged.
+            terms: Terms { prices: PRICES, keep_s: 0 },
             cpus: 2,
             mem_mib: 700,
+            disk_mib: 0,
         };
         Self {
             number,
@@ -211,7 +213,7 @@ impl Metal {
         {
             vm.paying = Some(token.index);
         }
-        if let Event::Gone(slot, _) = &event {
+        if let Event::Gone(slot, ..) = &event {
             self.vms.remove(slot).expect("a VM to be gone");
         }
         let mut later = Vec::new();

@@ -255,7 +255,7 @@ impl Move {
             }
             Happening::Gone(number, life, slot) => {
                 if self.nodes[number as usize].life == life {
-                    self.step(number, NodeEvent::Gone(slot, Tail::default()));
+                    self.step(number, NodeEvent::Gone(slot, Tail::default(), 0));
                 }
             }
             Happening::Says(number, life, job, event) => self.says(number, life, job, event),

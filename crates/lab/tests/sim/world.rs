@@ -186,7 +186,7 @@ impl World {
             Happening::FromNode(number, to, packet) => self.come_back(number, to, packet),
             Happening::Gone(number, life, slot) => {
                 if self.nodes[number as usize].life == life {
-                    self.step(number, Event::Gone(slot, Tail::default()));
+                    self.step(number, Event::Gone(slot, Tail::default(), 0));
                 }
             }
             Happening::Says(number, life, job, event) => {

@@ -42,7 +42,7 @@ pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCo
         let progress = Progress::of(&job);
         let job = &job;
         scope.spawn(move || payer::run(&mut home, job, progress, report, &dismissed));
-        let followed = console::print(&job, true);
+        let followed = console::print(job, true);
         drop(dismiss);
         followed
     });
