@@ -1,7 +1,7 @@
 //! Attacks on a node, each with its verdict: packets go through the check that `packetd` makes and then to the real state
 //! machine, as on a node. Tokens are forged here with the cluster's secret, so that exactly one thing is wrong with each.
 
-use noded::meter::Reading;
+use noded::meter::{Reading, Terms};
 use noded::node::{Config, Effect, Event, Node, Tail};
 use onde_wire::chain::{self, STEPS_MAX};
 use onde_wire::key::{self, Key};
@@ -35,7 +35,11 @@ fn config(secret: &[u8; 32], mac: [u8; 6], incarnation: [u8; 16]) -> Config {
         incarnation,
         node_key: key::node_key(secret, &node),
         plan: Plan::new([198, 18, 0, 0], 15).expect("a /15"),
-        prices: Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 0, disk_gib_s: 0 },
+        terms: Terms {
+            prices: Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 0, disk_gib_s: 0 },
+            keep_s: 0,
+        },
+        disk_mib: 0,
         cpus: 2,
         mem_mib: 1024,
     }
@@ -104,7 +108,7 @@ impl Attacked {
                 match effect {
                     Effect::Create(slot, _) => events.push(Event::Created(slot, true)),
                     Effect::Read(slot) => events.push(Event::Read(slot, Reading::default())),
-                    Effect::Kill(slot) => events.insert(0, Event::Gone(slot, Tail::default())),
+                    Effect::Kill(slot) => events.insert(0, Event::Gone(slot, Tail::default(), 0)),
                     Effect::Reply(_, reply) => {
                         let reply = Reply::parse(&reply, request.op(), 7, Some(&self.job_key()));
                         said = word(&reply.expect("a reply with a right tag"));
