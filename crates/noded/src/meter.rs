@@ -8,9 +8,6 @@ use onde_wire::token::BootToken;
 
 use crate::filter::{burst_bytes, is_limited};
 
-/// Bytes in a GiB.
-const GIB: u64 = 1 << 30;
-
 /// What a node charges, and what it promises for that.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
