@@ -12,9 +12,9 @@ use anyhow::{Context, Result};
 /// there is no gateway.
 const NETWORK: &str = "198.18.0.0/15";
 
-/// What the lab's nodes charge, micro-tokens: high enough that a test sees a balance fall.
+/// What the nodes of a lab charge, micro-tokens: high enough that a test sees a balance fall, on disk too.
 const PRICES: [(&str, u64); 4] =
-    [("vcpu_s", 800_000), ("gib_s", 200_000), ("gib_sent", 1_000_000), ("disk_gib_s", 10_000)];
+    [("vcpu_s", 800_000), ("gib_s", 200_000), ("gib_sent", 1_000_000), ("disk_gib_s", 100_000)];
 
 /// Writes a cluster file with a fresh secret to `file`, which is new and readable by its owner only.
 pub fn create(file: &Path) -> Result<()> {
@@ -36,7 +36,7 @@ pub fn read(file: &Path) -> Result<Vec<u8>> {
 
 /// How long a VM that runs dry is kept, seconds: long enough for somebody who looks on to pay, short enough for
 /// somebody who waits to see it go.
-const KEEP_S: u32 = 45;
+const KEEP_S: u32 = 20;
 
 fn text(secret: &[u8; 32]) -> String {
     let hex: String = secret.iter().map(|byte| format!("{byte:02x}")).collect();
@@ -58,6 +58,6 @@ mod tests {
         let cluster = Cluster::parse(&text(&[0xA5; 32])).unwrap();
         assert_eq!(cluster.secret, [0xA5; 32]);
         assert_eq!(cluster.plan, crate::network::plan());
-        assert_eq!(cluster.prices.disk_gib_s, 10_000);
+        assert_eq!(cluster.prices.disk_gib_s, 100_000);
     }
 }
