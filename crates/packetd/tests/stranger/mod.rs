@@ -136,7 +136,7 @@ pub fn hostile() -> Vec<(&'static str, Vec<u8>)> {
         ("a packet cut short", echo(0, &boot(1)[..1023])),
         ("a packet with a byte more", echo(0, &[&boot(1)[..], &[0]].concat())),
         ("the magic alone", echo(0, b"ONDE")),
-        edited("no such op", good(), |f| f[PAYLOAD + 5] = 7),
+        edited("no such op", good(), |f| f[PAYLOAD + 5] = 0x7f),
         edited("a reply as a request", good(), |f| f[PAYLOAD + 5] |= 0x80),
         edited("another version", good(), |f| f[PAYLOAD + 4] = 2),
         edited("a first fragment", good(), |f| f[IP + 6] |= 0x20),
