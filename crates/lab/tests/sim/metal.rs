@@ -289,7 +289,8 @@ impl Metal {
                 checks.ended(now_ms, &job, reason, spent_micro);
                 None
             }
-            Effect::Note(_, Note::Started(_)) => None,
+            // No simulated node has a disk, so there is no file to forget.
+            Effect::Note(_, Note::Started(_)) | Effect::Forget(_) => None,
             other => panic!("the simulated node cannot do {other:?} yet"),
         }
     }
