@@ -33,7 +33,7 @@ fn request(packet: &Packet, key: &Key) {
 
 fn reply(packet: &Packet, key: &Key) {
     let nonce = u64::from_le_bytes(packet[8..16].try_into().unwrap());
-    for op in [Op::Hello, Op::Boot, Op::Pay, Op::Status, Op::Console, Op::Stop] {
+    for op in [Op::Hello, Op::Boot, Op::Pay, Op::Status, Op::Console, Op::Stop, Op::Renew] {
         if let Some(reply) = Reply::parse(packet, op, nonce, None) {
             let again = reply.emit(nonce, &[0; 16], key);
             assert_eq!(Reply::parse(&again, op, nonce, Some(key)), Some(reply));

@@ -16,6 +16,7 @@ const OLD_COUNT: u32 = 65_536;
 const STOCK_MAX: usize = 16;
 
 /// A chain nobody has bought yet.
+#[derive(Clone)]
 pub struct New {
     /// The chain, with nothing given out.
     pub chain: Traversal,
@@ -62,16 +63,48 @@ impl Stock {
     }
 }
 
-/// The value that stands for the next `count` tokens of a job, and what is left of its chain.
-pub fn sell(job: &JobRow, count: u32) -> Result<(Value, Option<Vec<u8>>), Refusal> {
-    let Some(bytes) = &job.chain else { return Ok((sell_old(job, count)?, None)) };
-    let chain = Traversal::parse(bytes).filter(|chain| chain.given() == job.sold - job.first_count);
-    let mut chain = chain.ok_or(StoreError::Shape("a chain that is not as far as its job"))?;
-    let value = chain.next_tokens(count).ok_or(Refusal::ChainSpent)?;
-    Ok((value, Some(chain.emit())))
+/// The next tokens of a job.
+pub struct Sale {
+    /// How many they are.
+    pub count: u32,
+    /// The value that stands for them.
+    pub value: Value,
+    /// What is left of their chain.
+    pub chain: Option<Vec<u8>>,
+    /// Index of the token before the first of their chain.
+    pub chain_from: u32,
+    /// What the first of them leads to, where they are the first of a new chain.
+    pub anchor: Option<Value>,
 }
 
-fn sell_old(job: &JobRow, count: u32) -> Result<Value, Refusal> {
-    let left = OLD_COUNT.checked_sub(job.sold).and_then(|left| left.checked_sub(count));
-    left.map(|left| chain::walk(&job.seed, left)).ok_or(Refusal::ChainSpent)
+/// Sells the next `count` tokens of a job: fewer where its chain ends before, and those of a `fresh` one where it has
+/// ended.
+pub fn sell(job: &JobRow, count: u32, fresh: impl FnOnce() -> New) -> Result<Sale, Refusal> {
+    if let Some(sale) = sell_old(job, count) {
+        return Ok(sale);
+    }
+    let chain = job.chain.as_deref().map(|bytes| read(job, bytes)).transpose()?;
+    let (mut chain, chain_from, anchor) = match chain.filter(|chain| chain.left() > 0) {
+        Some(chain) => (chain, job.chain_from, None),
+        None => {
+            let New { chain, anchor } = fresh();
+            (chain, job.sold, Some(anchor))
+        }
+    };
+    let count = count.min(chain.left());
+    let value = chain.next_tokens(count).ok_or(Refusal::ChainSpent)?;
+    Ok(Sale { count, value, chain: Some(chain.emit()), chain_from, anchor })
+}
+
+fn read(job: &JobRow, bytes: &[u8]) -> Result<Traversal, StoreError> {
+    let chain = Traversal::parse(bytes).filter(|chain| chain.given() == job.sold - job.chain_from);
+    chain.ok_or(StoreError::Shape("a chain that is not as far as its job"))
+}
+
+/// The same of a chain that a broker of version 1 began; `None` where the job has another, or this is used up.
+fn sell_old(job: &JobRow, count: u32) -> Option<Sale> {
+    let left = OLD_COUNT.checked_sub(job.sold).filter(|left| *left > 0 && job.chain.is_none())?;
+    let count = count.min(left);
+    let value = chain::walk(&job.seed, left - count);
+    Some(Sale { count, value, chain: None, chain_from: job.chain_from, anchor: None })
 }

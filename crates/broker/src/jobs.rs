@@ -46,6 +46,8 @@ pub struct JobRow {
     pub sold: u32,
     /// s_0 of its chain if a broker of version 1 sold it: secret.
     pub seed: Value,
+    /// Index of the token before the first of its present chain.
+    pub chain_from: u32,
     /// What is left of its chain: as secret.
     pub chain: Option<Vec<u8>>,
     /// Uptime of the node up to which the boot token can be shown.
@@ -71,7 +73,7 @@ pub struct JobRow {
 /// The columns that [`read`] wants, in its order.
 const COLUMNS: &str = "seq, id, account, node, node_id, incarnation, guest, mem_mib, vcpus, disk_mib, \
     value_micro, first_count, sold, seed, expiry_ms, booted, spent_micro, opened_at, ended_at, \
-    settled_by, settled_at, refund_micro, frozen, chain";
+    settled_by, settled_at, refund_micro, frozen, chain, chain_from";
 
 fn read(row: &Row) -> Result<JobRow, StoreError> {
     Ok(JobRow {
@@ -99,6 +101,7 @@ fn read(row: &Row) -> Result<JobRow, StoreError> {
         refund_micro: row.get(21)?,
         is_frozen: row.get(22)?,
         chain: row.get(23)?,
+        chain_from: row.get(24)?,
     })
 }
 
@@ -158,8 +161,8 @@ impl JobRow {
     /// Writes a new job down and gives it its position.
     pub fn insert(&mut self, tx: &Tx<'_>) -> Result<(), Refusal> {
         let sql = "INSERT INTO jobs (id, account, node, node_id, incarnation, guest, mem_mib, vcpus, disk_mib, \
-             value_micro, first_count, sold, seed, expiry_ms, opened_at, chain) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16) RETURNING seq";
+             value_micro, first_count, sold, seed, expiry_ms, opened_at, chain, chain_from) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17) RETURNING seq";
         let seq = tx.value(
             sql,
             params![
@@ -179,6 +182,7 @@ impl JobRow {
                 self.expiry_ms,
                 self.opened_at,
                 self.chain,
+                self.chain_from,
             ],
         )?;
         self.seq = seq;

@@ -117,9 +117,11 @@ impl Refusal {
             Refusal::JobFrozen => {
                 (409, "job_frozen", "move to a new job; this one is settled by its certificate")
             }
-            Refusal::ChainSpent => {
-                (409, "chain_spent", "move to a new job before this one's tokens end")
-            }
+            Refusal::ChainSpent => (
+                409,
+                "chain_spent",
+                "move to a new job: this one took all the tokens that can be counted",
+            ),
             Refusal::NoFittingNode(_) => {
                 (422, "no_fitting_node", "see GET /v1/nodes for what is free, or try later")
             }

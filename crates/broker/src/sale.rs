@@ -12,7 +12,7 @@ use crate::refusal::Refusal;
 use crate::store::{Tx, params};
 use crate::usage::note_prices;
 use onde_client::api::{
-    Hex, JobOpened, JobRequest, NodeList, Payment, TOKENS_PER_BOOT_MAX, TOKENS_PER_SALE_MAX,
+    self, Hex, JobOpened, JobRequest, NodeList, Payment, TOKENS_PER_BOOT_MAX, TOKENS_PER_SALE_MAX,
     TokensRequest,
 };
 use onde_wire::chain::Value;
@@ -20,7 +20,7 @@ use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::{Key, job_key, sha256};
 use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
 use onde_wire::plan;
-use onde_wire::token::{BootToken, JobId, NodeId};
+use onde_wire::token::{BootToken, JobId, NodeId, Renewal};
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -117,7 +117,8 @@ impl Broker {
             journal::open(tx, Book::Job(&job.id))?;
             let key = request_key(account, &request.idempotency_key);
             charge(tx, &job, Reason::Boot, (1, job.sold), key)?;
-            Ok(self.opened(&job, request, new.anchor))
+            let prices = seen.hello.prices;
+            Ok(JobOpened { prices: Some(prices.into()), ..self.opened(&job, request, new.anchor) })
         })
     }
 
@@ -131,6 +132,8 @@ impl Broker {
             boot_token: Hex(token.emit()),
             boot_tag: Hex(token.sign(&node_key)),
             expires_in_ms: BOOT_TOKEN_LIFE_MS,
+            prices: None,
+            keep_s: self.cluster.keep_s,
         }
     }
 
@@ -160,7 +163,7 @@ impl Broker {
         }
     }
 
-    /// Sells payment tokens for an open job.
+    /// Sells payment tokens for an open job: fewer than asked for where its chain ends, and then those of a new one.
     pub fn sell_tokens(
         &self,
         account: &str,
@@ -170,6 +173,7 @@ impl Broker {
         if !(1..=TOKENS_PER_SALE_MAX).contains(&request.count) {
             return Err(Refusal::Invalid("count is 1 to 4096"));
         }
+        let mut fresh = None;
         self.ledger.act_once(
             account,
             &request.idempotency_key,
@@ -182,17 +186,26 @@ impl Broker {
                 if job.is_frozen {
                     return Err(Refusal::JobFrozen);
                 }
-                let (value, left) = chains::sell(&job, request.count)?;
-                let index = job.sold + request.count;
+                let fresh = || fresh.get_or_insert_with(|| self.stock.take()).clone();
+                let sale = chains::sell(&job, request.count, fresh)?;
+                let index = job.sold.checked_add(sale.count).ok_or(Refusal::ChainSpent)?;
                 let key = request_key(account, &request.idempotency_key);
                 charge(tx, &job, Reason::Tokens, (job.sold + 1, index), key)?;
                 tx.execute(
-                    "UPDATE jobs SET sold = ?2, chain = ?3 WHERE id = ?1",
-                    params![id, index, left],
+                    "UPDATE jobs SET sold = ?2, chain = ?3, chain_from = ?4 WHERE id = ?1",
+                    params![id, index, sale.chain, sale.chain_from],
                 )?;
-                Ok(Payment { index, value: Hex(value) })
+                let renewal = sale.anchor.map(|anchor| self.renewal(&job, anchor));
+                Ok(Payment { index, value: Hex(sale.value), renewal })
             },
         )
+    }
+
+    /// What makes a job's node take the tokens of a new chain, once all that were sold until now are paid.
+    fn renewal(&self, job: &JobRow, anchor: Value) -> api::Renewal {
+        let renewal = Renewal { index: job.sold, anchor };
+        let tag = renewal.sign(&self.node_key(&job.node_id), &job.id, &job.incarnation);
+        api::Renewal { index: renewal.index, anchor: Hex(anchor), tag: Hex(tag) }
     }
 
     /// Key of a node.
@@ -248,6 +261,7 @@ fn new_job(
         first_count: request.tokens,
         sold: request.tokens,
         seed: [0; 32],
+        chain_from: request.tokens,
         chain: Some(new.chain.emit()),
         expiry_ms: seen.uptime_ms(now).saturating_add(BOOT_TOKEN_LIFE_MS),
         booted: false,

@@ -58,6 +58,11 @@ impl Traversal {
         self.given
     }
 
+    /// How many tokens are still to be given out.
+    pub fn left(&self) -> u32 {
+        self.count() - self.given
+    }
+
     /// The next token; `None` behind the last.
     pub fn next_token(&mut self) -> Option<Value> {
         self.next_with(step)
@@ -66,7 +71,7 @@ impl Traversal {
     /// Gives out `count` tokens, of which the last proves the others. `None`, and nothing is given, where `count` is 0 or
     /// more than are left.
     pub fn next_tokens(&mut self, count: u32) -> Option<Value> {
-        if count > self.count() - self.given {
+        if count > self.left() {
             return None;
         }
         (0..count).fold(None, |_, _| self.next_token())

@@ -3,6 +3,7 @@
 mod stage;
 
 use onde_broker::Broker;
+use onde_broker::audit::audit;
 use onde_broker::watch::Heard;
 use onde_client::api::*;
 use onde_wire::chain;
@@ -149,29 +150,40 @@ fn sells_a_boot_token_that_its_node_accepts_and_payments_that_lead_to_it() {
 }
 
 #[test]
-fn limits_what_one_job_can_buy() {
+fn sells_on_where_a_chain_ends() {
     let stage = Stage::new();
     let customer = stage.operator.customer("a", 2_000_000);
     let opened = stage.buy(&customer, 10);
     let path = format!("/v1/jobs/{}/tokens", opened.job.id);
-    let buy = |count| json(&TokensRequest { idempotency_key: fresh_key(), count });
-    check(&customer, &path, Some(&buy(0)), (422, "invalid"));
-    check(&customer, &path, Some(&buy(4097)), (422, "invalid"));
-    let all = |_| {
-        let request = TokensRequest { idempotency_key: fresh_key(), count: 4096 };
-        stage.broker.sell_tokens("a", &opened.job.id.0, &request).expect("sold")
-    };
+    let buy = |count| TokensRequest { idempotency_key: fresh_key(), count };
+    check(&customer, &path, Some(&json(&buy(0))), (422, "invalid"));
+    check(&customer, &path, Some(&json(&buy(4097))), (422, "invalid"));
+    let all = |_| stage.broker.sell_tokens("a", &opened.job.id.0, &buy(4096)).expect("sold");
     let last = (1..256).map(all).fold(None, |_, paid| Some(paid)).expect("a sale");
-    check(&customer, &path, Some(&buy(4095 + 2)), (422, "invalid"));
-    let rest: Payment =
-        customer.post(&path, &TokensRequest { idempotency_key: fresh_key(), count: 4095 });
-    assert!(chain::verify(&last.value.0, &rest.value.0, 4095));
-    check(&customer, &path, Some(&buy(2)), (409, "chain_spent"));
-    let seed: Payment =
-        customer.post(&path, &TokensRequest { idempotency_key: fresh_key(), count: 1 });
-    assert_eq!(seed.index, 10 + (1 << 20), "the chain's very last token can be bought");
-    assert!(chain::verify(&rest.value.0, &seed.value.0, 1));
-    check(&customer, &path, Some(&buy(1)), (409, "chain_spent"));
+    let rest: Payment = customer.post(&path, &buy(4000));
+    assert!(chain::verify(&last.value.0, &rest.value.0, 4000) && rest.renewal.is_none());
+    let request = buy(200);
+    let seed: Payment = customer.post(&path, &request);
+    assert_eq!(seed.index, 10 + (1 << 20), "no more than the chain has, to its very last");
+    assert!(chain::verify(&rest.value.0, &seed.value.0, 96) && seed.renewal.is_none());
+    assert_eq!(seed, customer.post(&path, &request), "the same key, the same tokens");
+    let request = buy(200);
+    let next: Payment = customer.post(&path, &request);
+    assert_eq!((next, next.index), (customer.post(&path, &request), seed.index + 200));
+    let renewal = next.renewal.expect("a new chain");
+    assert!(chain::verify(&renewal.anchor.0, &next.value.0, 200));
+    let signed = onde_wire::token::Renewal { index: renewal.index, anchor: renewal.anchor.0 };
+    let (node_key, job) = (Key::new(&node_key(&SECRET, &[1; 16])), opened.job.id.0);
+    assert!(signed.verify(&node_key, &job, &opened.job.incarnation.0, &renewal.tag.0));
+    assert_eq!(renewal.index, seed.index);
+    let on: Payment = customer.post(&path, &buy(1));
+    assert!(chain::verify(&next.value.0, &on.value.0, 1) && on.renewal.is_none());
+    assert_eq!(
+        customer.balance(),
+        (2_000_000 - u64::from(on.index)) * TOKEN,
+        "and no more is paid"
+    );
+    audit(stage.broker.store(), None).expect("sound books");
 }
 
 #[test]

@@ -34,7 +34,7 @@ use utoipa::ToSchema;
 
 /// Most payment tokens that one purchase may take: a PAY may not skip more of the chain.
 pub const TOKENS_PER_SALE_MAX: u32 = onde_wire::chain::STEPS_MAX;
-/// Most payment tokens in a boot token. A job can buy 2^20 more.
+/// Most payment tokens in a boot token. A job can buy more as long as it lives.
 pub const TOKENS_PER_BOOT_MAX: u32 = 65_536;
 /// Most characters of an idempotency key: room for a UUID or a digest in hex.
 pub const IDEMPOTENCY_KEY_MAX: usize = 64;
@@ -119,6 +119,13 @@ pub struct Prices {
 impl From<Prices> for onde_wire::packet::Prices {
     fn from(prices: Prices) -> Self {
         let Prices { vcpu_s, gib_s, gib_sent, disk_gib_s } = prices;
+        Self { vcpu_s, gib_s, gib_sent, disk_gib_s }
+    }
+}
+
+impl From<onde_wire::packet::Prices> for Prices {
+    fn from(prices: onde_wire::packet::Prices) -> Self {
+        let onde_wire::packet::Prices { vcpu_s, gib_s, gib_sent, disk_gib_s } = prices;
         Self { vcpu_s, gib_s, gib_sent, disk_gib_s }
     }
 }
@@ -225,6 +232,12 @@ pub struct JobOpened {
     pub boot_tag: Hex<32>,
     /// Milliseconds, from the sale on, in which the boot token can be shown.
     pub expires_in_ms: u64,
+    /// What the node charges for this job. Absent in answers of older brokers.
+    #[serde(default)]
+    pub prices: Option<Prices>,
+    /// How long a VM that runs dry is kept on its node's disk, seconds; it pays for that time before.
+    #[serde(default)]
+    pub keep_s: u32,
 }
 
 /// How a job was settled.
@@ -308,7 +321,8 @@ pub struct JobList {
 pub struct TokensRequest {
     /// As in [`JobRequest`].
     pub idempotency_key: String,
-    /// How many; at most [`TOKENS_PER_SALE_MAX`].
+    /// How many; at most [`TOKENS_PER_SALE_MAX`]. Fewer are sold where the job's chain ends before: the next purchase
+    /// goes on with a new chain.
     pub count: u32,
 }
 
@@ -322,6 +336,23 @@ pub struct Payment {
     /// The chain value.
     #[cfg_attr(feature = "openapi", schema(value_type = String))]
     pub value: Hex<32>,
+    /// Where it is the first of a new chain: what the node has to see before, when the old one is used up.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub renewal: Option<Renewal>,
+}
+
+/// A new chain for a job whose chain is used up ([`onde_wire::token::Renewal`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+pub struct Renewal {
+    /// Index of the last token of the chain before.
+    pub index: u32,
+    /// What the next token leads to.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub anchor: Hex<32>,
+    /// Its tag under the node's key.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub tag: Hex<32>,
 }
 
 /// Redeems a job's certificate.

@@ -12,7 +12,7 @@
 pub mod judge;
 pub mod release;
 
-use crate::api::{Payment, Prices, TokensRequest};
+use crate::api::{Payment, Prices, Renewal, TokensRequest};
 use crate::broker::{Broker, BrokerError, new_key};
 use crate::echo::{Echo, Exchange, Policy};
 use crate::job::{Job, Jobs, JobsError, Purchase};
@@ -22,7 +22,7 @@ use onde_wire::chain;
 use onde_wire::machine::Stage;
 use onde_wire::packet::JobStatus;
 use onde_wire::session::Purse;
-use onde_wire::token::{JobId, PaymentToken};
+use onde_wire::token::{self, JobId, PaymentToken};
 use release::Act;
 use std::time::{Duration, Instant};
 
@@ -190,12 +190,18 @@ impl<E: Exchange, S: Shop> Home<E, S> {
         if status.last_index < job.released {
             self.show(job.released, &mut status)?;
         }
-        self.order(count)?;
-        self.finish_purchase()?;
+        let wanted = job.sold.saturating_add(count);
+        // At a chain's end fewer are sold than were asked for, but one at least.
+        while job.sold < wanted {
+            self.order(wanted - job.sold)?;
+            job = self.finish_purchase()?;
+        }
         // What is paid by hand is on top of what the home node may spend.
         job = self.jobs.update(&self.id, |job| job.budget = job.budget.saturating_add(count))?;
         let index = status.last_index.saturating_add(count).min(job.bought());
-        self.show(index, &mut status)?;
+        for _ in 0..=job.renewals.len() {
+            self.show(index, &mut status)?;
+        }
         Ok(status)
     }
 
@@ -215,7 +221,9 @@ impl<E: Exchange, S: Shop> Home<E, S> {
             self.order(missing.min(chain::STEPS_MAX))?;
         }
         job = self.finish_purchase()?;
-        let last = wanted.min(job.bought());
+        // The guest cannot go on with another chain.
+        let end = job.renewal_at(shown).map(|renewal| renewal.index).or(job.chain_end(shown));
+        let last = wanted.min(job.bought()).min(end.unwrap_or(u32::MAX));
         let Some(deal) = job.deal().filter(|_| last > shown.max(job.purse_last)) else {
             return Ok(None);
         };
@@ -257,19 +265,31 @@ impl<E: Exchange, S: Shop> Home<E, S> {
         Ok(self.jobs.update(&self.id, |job| {
             job.purchase = None;
             job.sold = job.sold.max(payment.index);
+            job.renewals.extend(payment.renewal);
             job.payments.push(payment);
         })?)
     }
 
-    /// Releases all tokens up to `index` to the node. The file knows first: what the node might have seen is never
-    /// taken for unreleased.
+    /// Releases all tokens up to `index` to the node, or to the end of the chain that the node is at: then the next is due.
+    /// The file knows first: what the node might have seen is never taken for unreleased.
     fn show(&mut self, index: u32, status: &mut JobStatus) -> Result<(), HomeError> {
-        let job = self.jobs.update(&self.id, |job| job.release(index))?;
+        let end = self.jobs.get(&self.id)?.chain_end(status.last_index);
+        let index = end.map_or(index, |end| index.min(end));
+        let (id, last) = (self.id, status.last_index);
+        let job = self.jobs.update(&id, |job| job.release(index))?;
         let token = token(&job, index).ok_or(HomeError::NoToken(index))?;
+        if let Some(renewal) = job.renewal_at(last).filter(|_| index > last) {
+            let (Renewal { index, anchor, tag }, handle) = (renewal, job.handle());
+            handle.renew(&mut self.echo, token::Renewal { index, anchor: anchor.0 }, tag.0)?;
+        }
         let paid = job.handle().pay(&mut self.echo, token)?;
         self.judge.1.confirm(index);
-        status.last_index = status.last_index.max(paid.last_index);
+        status.last_index = last.max(paid.last_index);
         status.balance_micro = paid.balance_micro;
+        if !job.renewals.is_empty() {
+            let last = status.last_index;
+            self.jobs.update(&id, |job| job.renewals.retain(|renewal| renewal.index >= last))?;
+        }
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 //! the job's key. `onde` and the home node share them: every change is a [`Jobs::update`], which reads the file
 //! anew under a lock, and a file is always whole, as it is written aside and renamed.
 
-use crate::api::{Hex, JobOpened, Payment, Prices, SettledBy};
+use crate::api::{Hex, JobOpened, Payment, Prices, Renewal, SettledBy};
 use crate::home::judge::Deal;
 use crate::node::Handle;
 use onde_wire::key::Key;
@@ -85,6 +85,9 @@ pub struct Job {
     /// The node's price list when the job was bought; a node that charges more is not paid.
     #[serde(default)]
     pub prices: Option<Prices>,
+    /// How long its node promises to keep it on disk when it runs dry, seconds.
+    #[serde(default)]
+    pub keep_s: u32,
     /// Micro-tokens that a payment token is worth.
     pub value_micro: u64,
     /// Payment tokens bought, those of the boot token included.
@@ -120,6 +123,9 @@ pub struct Job {
     pub purchase: Option<Purchase>,
     /// Payment tokens bought and not all released: the newest of each purchase, which gives those before it.
     pub payments: Vec<Payment>,
+    /// New chains that its node may not have seen.
+    #[serde(default)]
+    pub renewals: Vec<Renewal>,
     /// How it ended.
     pub settled: Option<Settled>,
 }
@@ -140,7 +146,8 @@ impl Job {
             mem_mib: job.mem_mib,
             vcpus: job.vcpus,
             disk_mib: job.disk_mib,
-            prices: None,
+            prices: opened.prices,
+            keep_s: opened.keep_s,
             value_micro: job.value_micro,
             sold: job.first_count,
             released: job.first_count,
@@ -155,15 +162,16 @@ impl Job {
             distrust: None,
             purchase: None,
             payments: Vec::new(),
+            renewals: Vec::new(),
             settled: None,
         }
     }
 
     /// What was bought; `None` where the price list is not known.
     pub fn deal(&self) -> Option<Deal> {
-        let &Self { mem_mib, vcpus, disk_mib, value_micro, .. } = self;
+        let &Self { mem_mib, vcpus, disk_mib, value_micro, keep_s, .. } = self;
         let prices = self.prices?.into();
-        Some(Deal { mem_mib, vcpus, disk_mib, value_micro, prices })
+        Some(Deal { mem_mib, vcpus, disk_mib, value_micro, prices, keep_s })
     }
 
     /// Index of the newest payment token at hand, released or not.
@@ -177,6 +185,17 @@ impl Job {
         self.released = self.released.max(index);
         let released = self.released;
         self.payments.retain(|payment| payment.index >= released);
+    }
+
+    /// The end of the chain that the token behind `index` is of, where it has an end: nobody can show that and a later
+    /// one at once.
+    pub fn chain_end(&self, index: u32) -> Option<u32> {
+        self.renewals.iter().map(|renewal| renewal.index).filter(|end| *end > index).min()
+    }
+
+    /// The chain that the token behind `index` is the first of, where the node may not have seen it.
+    pub fn renewal_at(&self, index: u32) -> Option<Renewal> {
+        self.renewals.iter().find(|renewal| renewal.index == index).copied()
     }
 
     /// What its node is asked with.
@@ -452,6 +471,7 @@ pub(crate) mod tests {
             vcpus: 1,
             disk_mib: 0,
             prices: None,
+            keep_s: 0,
             value_micro: 1_000_000,
             sold: 10,
             released: 10,
@@ -465,7 +485,8 @@ pub(crate) mod tests {
             purse_last: 0,
             distrust: None,
             purchase: None,
-            payments: vec![Payment { index: 20, value: Hex([2; 32]) }],
+            payments: vec![Payment { index: 20, value: Hex([2; 32]), renewal: None }],
+            renewals: Vec::new(),
             settled: None,
         }
     }

@@ -2,9 +2,9 @@
 //! [`crate::echo`]. All are idempotent at the node, so each is sent until it is answered.
 
 use crate::echo::{EchoError, Exchange, Policy};
-use onde_wire::key::Key;
+use onde_wire::key::{Key, Tag};
 use onde_wire::packet::{Booted, ConsoleSlice, Hello, JobStatus, Op, Paid, Reply, Request, Status};
-use onde_wire::token::{BootToken, CERTIFICATE_SIZE, JobId, PaymentToken};
+use onde_wire::token::{BootToken, CERTIFICATE_SIZE, JobId, PaymentToken, Renewal};
 use std::net::Ipv4Addr;
 
 /// All that is needed to speak of a job to its node.
@@ -111,7 +111,7 @@ impl Handle {
         &self,
         echo: &mut impl Exchange,
         token: BootToken,
-        tag: onde_wire::key::Tag,
+        tag: Tag,
     ) -> Result<Booted, NodeError> {
         match self.ask(echo, &Request::Boot(token, tag), Policy::default())? {
             Reply::Boot(booted) => Ok(booted),
@@ -123,6 +123,19 @@ impl Handle {
     pub fn pay(&self, echo: &mut impl Exchange, token: PaymentToken) -> Result<Paid, NodeError> {
         match self.ask(echo, &Request::Pay(token), Policy::default())? {
             Reply::Pay(paid) => Ok(paid),
+            other => Err(refused(self.node, &other)),
+        }
+    }
+
+    /// Shows the job's next chain, once the one before is used up. Again: no harm.
+    pub fn renew(
+        &self,
+        echo: &mut impl Exchange,
+        renewal: Renewal,
+        tag: Tag,
+    ) -> Result<Paid, NodeError> {
+        match self.ask(echo, &Request::Renew(renewal, tag), Policy::default())? {
+            Reply::Renew(paid) => Ok(paid),
             other => Err(refused(self.node, &other)),
         }
     }

@@ -18,7 +18,7 @@ mod descent;
 use onde_wire::chain::{self, STEPS_MAX};
 use onde_wire::machine::{Meter, Stage};
 use onde_wire::packet::{EndReason, JobStatus, Status};
-use onde_wire::token::{BootToken, Certificate, Incarnation, NodeId, PaymentToken};
+use onde_wire::token::{BootToken, Certificate, Incarnation, NodeId, PaymentToken, Renewal};
 
 use crate::meter::{Held, Meters, Reading, Terms, burn_held, burn_max, held_running};
 
@@ -85,6 +85,8 @@ pub struct Job {
     /// The newest chain value accepted.
     value: chain::Value,
     last_index: u32,
+    /// The last token of the chain before the present one, where there was one.
+    before: Option<PaymentToken>,
     pay_from_ms: u64,
     meters: Meters,
     spent_micro: u64,
@@ -127,6 +129,7 @@ impl Job {
             wakes_by_itself: false,
             value: token.anchor,
             last_index: token.first_count,
+            before: None,
             pay_from_ms: 0,
             meters: Meters::default(),
             spent_micro: 0,
@@ -338,19 +341,20 @@ impl Job {
         if !self.is_going() {
             return Err(Status::Ended);
         }
-        if token.index == self.last_index && token.value == self.value {
+        let known = self.known_to(token.index);
+        if *token == known {
             return Ok(());
         }
         if now_ms < self.pay_from_ms {
             return Err(Status::BadPayment);
         }
-        if token.index.abs_diff(self.last_index) > STEPS_MAX {
+        if token.index.abs_diff(known.index) > STEPS_MAX {
             return Err(Status::TooManySteps);
         }
         let newer = token.index > self.last_index;
-        let steps = token.index.abs_diff(self.last_index);
+        let steps = token.index.abs_diff(known.index);
         let (last, value) =
-            if newer { (&self.value, &token.value) } else { (&token.value, &self.value) };
+            if newer { (&known.value, &token.value) } else { (&token.value, &known.value) };
         let fits = chain::verify(last, value, steps);
         if fits && newer {
             (self.last_index, self.value) = (token.index, token.value);
@@ -359,6 +363,29 @@ impl Job {
             self.pay_from_ms = now_ms + PAY_PAUSE_MS;
         }
         if fits { Ok(()) } else { Err(Status::BadPayment) }
+    }
+
+    /// The newest token of the chain that this index is of.
+    fn known_to(&self, index: u32) -> PaymentToken {
+        let newest = PaymentToken { index: self.last_index, value: self.value };
+        self.before.filter(|before| index <= before.index).unwrap_or(newest)
+    }
+
+    /// Takes a new chain where the present one is used up to the renewal's index. The same again is accepted again and
+    /// changes nothing. Its tag was checked: the broker makes one for each chain's end.
+    pub fn renew(&mut self, renewal: &Renewal) -> Result<(), Status> {
+        if !self.is_going() {
+            return Err(Status::Ended);
+        }
+        if self.before.is_some_and(|before| renewal.index <= before.index) {
+            return Ok(());
+        }
+        if renewal.index != self.last_index {
+            return Err(Status::BadPayment);
+        }
+        self.before = Some(PaymentToken { index: self.last_index, value: self.value });
+        self.value = renewal.anchor;
+        Ok(())
     }
 
     /// Why it cannot be saved; `None` where it can, or is.

@@ -274,6 +274,15 @@ impl Node {
                 Ok(()) => self.paid(now_ms, &caller),
                 Err(status) => vec![self.reply(&caller, &refused(status))],
             },
+            Request::Renew(renewal, tag) => {
+                let is_brokers = renewal.verify(&self.key, &job, &self.config.incarnation, &tag);
+                let done = match is_brokers {
+                    true => record.job.renew(&renewal),
+                    false => Err(Status::BadPayment),
+                };
+                let reply = done.map_or_else(refused, |()| Reply::Renew(paid(&record.job)));
+                vec![self.reply(&caller, &reply)]
+            }
             Request::Status => {
                 let status = record.job.status(now_ms);
                 vec![self.reply(&caller, &Reply::Status(status))]
@@ -429,9 +438,8 @@ impl Node {
     /// Answers a payment, shows the guest its new balance, and wakes it up where that was what it waited for.
     fn paid(&mut self, now_ms: u64, caller: &Caller) -> Vec<Effect> {
         let job = &self.jobs[&caller.job].job;
-        let paid = Paid { last_index: job.last_index(), balance_micro: job.balance_micro() };
         let shown = job.slot().map(|slot| Effect::Publish(slot, job.meter()));
-        let reply = self.reply(caller, &Reply::Pay(paid));
+        let reply = self.reply(caller, &Reply::Pay(paid(job)));
         let woken = self.wake_by_itself(now_ms, caller.job);
         shown.into_iter().chain([reply]).chain(woken).collect()
     }
@@ -572,6 +580,10 @@ impl Node {
         let oldest = old.min_by_key(|(_, record)| record.job.ended_ms()).map(|(id, _)| *id);
         oldest.is_some_and(|id| self.jobs.remove(&id).is_some())
     }
+}
+
+fn paid(job: &Job) -> Paid {
+    Paid { last_index: job.last_index(), balance_micro: job.balance_micro() }
 }
 
 impl Record {

@@ -7,7 +7,7 @@ use onde_wire::chain::{self, STEPS_MAX};
 use onde_wire::key::{self, Key};
 use onde_wire::packet::{Packet, Prices, Reply, Request, RequestUnchecked, Status};
 use onde_wire::plan::{self, Plan};
-use onde_wire::token::{BOOT_TOKEN_SIZE, BootToken, PaymentToken};
+use onde_wire::token::{BOOT_TOKEN_SIZE, BootToken, PaymentToken, Renewal};
 
 const SECRET: [u8; 32] = [0x5e; 32];
 const SEED: [u8; 32] = [7; 32];
@@ -128,6 +128,13 @@ impl Attacked {
         self.receive(&packet)
     }
 
+    /// Shows a renewal that is signed with this node's key for this job and life.
+    fn renew(&mut self, renewal: Renewal, node_key: &Key, job: [u8; 16], life: [u8; 16]) -> String {
+        let tag = renewal.sign(node_key, &job, &life);
+        let packet = Request::Renew(renewal, tag).emit(7, &JOB, &self.job_key());
+        self.receive(&packet)
+    }
+
     fn stop(&mut self) -> String {
         let packet = Request::Stop(false).emit(7, &JOB, &self.job_key());
         self.receive(&packet)
@@ -139,6 +146,7 @@ fn word(reply: &Reply) -> String {
         Reply::Boot(booted) => format!("booted with {}", booted.balance_micro / 1_000_000),
         Reply::Pay(paid) => format!("paid {}", paid.last_index),
         Reply::Stop(_) => "certificate".into(),
+        Reply::Renew(paid) => format!("renewed at {}", paid.last_index),
         Reply::Refused(_, status) => format!("{status:?}"),
         other => panic!("{other:?} was not asked for"),
     }
@@ -209,4 +217,65 @@ fn payments_count_once_and_only_from_the_jobs_own_chain() {
     }
     assert_eq!(node.stop(), "certificate");
     assert_eq!(node.pay(CHAIN, SEED), refused(Status::Ended), "refund, then pay");
+}
+
+/// Tokens in the job's second chain.
+const NEXT: u32 = 100;
+
+/// Tokens behind the end of the first chain.
+fn next_value(index: u32) -> chain::Value {
+    chain::walk(&[0x17; 32], CHAIN + NEXT - index)
+}
+
+#[test]
+fn a_new_chain_counts_where_the_old_one_ends_and_only_from_the_broker() {
+    let mut node = Attacked::new();
+    let (key, life) = (Key::new(&node.config.node_key), node.config.incarnation);
+    let right = Renewal { index: CHAIN, anchor: next_value(CHAIN) };
+    let own = Renewal { index: CHAIN, anchor: chain::walk(&[0x66; 32], NEXT) };
+    let bad = refused(Status::BadPayment);
+    assert_eq!(node.renew(right, &key, JOB, life), refused(Status::NoJob), "before BOOT");
+    assert_eq!(node.receive(&node.boot()), "booted with 3");
+    assert_eq!(node.renew(right, &key, JOB, life), bad, "while tokens of the old are unpaid");
+    for index in [4000, CHAIN - 1] {
+        assert_eq!(node.pay(index, value(index)), format!("paid {index}"));
+        assert_eq!(node.renew(right, &key, JOB, life), bad, "at {index}");
+    }
+    assert_eq!(node.pay(CHAIN, SEED), "paid 6000", "all of the old");
+    let job_key = node.job_key();
+    for (attack, renewal, key, job, life) in [
+        ("a chain of the customer's own", own, &job_key, JOB, life),
+        ("another job's", right, &key, [2; 16], life),
+        ("another life's", right, &key, JOB, [6; 16]),
+        ("another node's", right, &Key::new(&[9; 32]), JOB, life),
+        ("another index", Renewal { index: CHAIN + 1, ..right }, &key, JOB, life),
+    ] {
+        assert_eq!(node.renew(renewal, key, job, life), bad, "{attack}");
+    }
+    assert_eq!(node.pay(CHAIN + 5, next_value(CHAIN + 5)), bad, "a token of the new before it");
+    let packet = Request::Renew(right, right.sign(&key, &JOB, &life)).emit(7, &JOB, &job_key);
+    for bit in HEAD_SIZE * 8..(HEAD_SIZE + TAG_SIZE + 68) * 8 {
+        let mut packet = packet;
+        packet[bit / 8] ^= 1 << (bit % 8);
+        assert_eq!(node.receive(&packet), "dropped", "bit {bit}");
+    }
+    for _ in 0..2 {
+        assert_eq!(node.renew(right, &key, JOB, life), "renewed at 6000", "it pays nothing");
+    }
+    let moves = [
+        ("the old chain's last again", CHAIN, SEED, "paid 6000".to_owned()),
+        ("an older one", CHAIN - 7, value(CHAIN - 7), "paid 6000".into()),
+        ("the old chain's last as the next", CHAIN + 1, SEED, bad.clone()),
+        ("the next", CHAIN + 1, next_value(CHAIN + 1), "paid 6001".into()),
+        ("one that skips", CHAIN + 60, next_value(CHAIN + 60), "paid 6060".into()),
+        ("skipped, then shown", CHAIN + 30, next_value(CHAIN + 30), "paid 6060".into()),
+        ("the old one's last", CHAIN, SEED, "paid 6060".into()),
+    ];
+    for (attack, index, value, verdict) in moves {
+        assert_eq!(node.pay(index, value), verdict, "{attack}");
+    }
+    assert_eq!(node.renew(right, &key, JOB, life), "renewed at 6060", "replayed: nothing counts");
+    assert_eq!(node.pay(CHAIN + 61, next_value(CHAIN + 61)), "paid 6061", "and nothing is lost");
+    assert_eq!(node.stop(), "certificate");
+    assert_eq!(node.renew(right, &key, JOB, life), refused(Status::Ended), "after the refund");
 }

@@ -116,8 +116,6 @@ pub fn launch(
     job.name = order.name.clone();
     job.has_agent = machine.has_agent;
     job.watch = watch;
-    // Where the broker does not say now, the home node asks it before the first payment.
-    job.prices = cluster.broker.node(job.node).ok().flatten().map(|node| node.prices);
     keep(cluster, &job, interrupt, report)?;
     let started = start(cluster, &opened, &job, echo, &loader, &load, report);
     started.map(|()| job.clone()).inspect_err(|_| {

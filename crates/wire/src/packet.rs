@@ -13,7 +13,7 @@ use crate::bytes::{Reader, Writer};
 use crate::key::{Key, Tag};
 use crate::machine::Stage;
 use crate::token::{
-    BOOT_TOKEN_SIZE, BootToken, CERTIFICATE_SIZE, Incarnation, JobId, NodeId, PaymentToken,
+    BOOT_TOKEN_SIZE, BootToken, CERTIFICATE_SIZE, Incarnation, JobId, NodeId, PaymentToken, Renewal,
 };
 
 /// Bytes of every Onde packet. With ICMP, IP and Ethernet headers it fits one frame on any LAN.
@@ -56,13 +56,15 @@ pub enum Op {
     Suspend = 7,
     /// Go on with a VM that was saved.
     Wake = 8,
+    /// Here is a new chain: the old one is used up.
+    Renew = 9,
 }
 
 impl Op {
     // tcb:stranger-begin
     fn parse(value: u8) -> Option<Self> {
         use Op::*;
-        let all = [Hello, Boot, Pay, Status, Console, Stop, Suspend, Wake];
+        let all = [Hello, Boot, Pay, Status, Console, Stop, Suspend, Wake, Renew];
         all.into_iter().find(|op| *op as u8 == value)
     }
 
@@ -72,6 +74,7 @@ impl Op {
             Op::Hello | Op::Status | Op::Suspend | Op::Wake => 0,
             Op::Boot => BOOT_TOKEN_SIZE,
             Op::Pay => 36,
+            Op::Renew => 68,
             Op::Console => 8,
             Op::Stop => 1,
         }
@@ -248,6 +251,8 @@ pub enum Request {
     Suspend,
     /// See [`Op::Wake`].
     Wake,
+    /// See [`Op::Renew`]; with the renewal's own tag.
+    Renew(Renewal, Tag),
 }
 
 impl Request {
@@ -262,6 +267,7 @@ impl Request {
             Request::Stop(_) => Op::Stop,
             Request::Suspend => Op::Suspend,
             Request::Wake => Op::Wake,
+            Request::Renew(..) => Op::Renew,
         }
     }
 
@@ -284,6 +290,11 @@ impl Request {
                 w.put(&token.value);
             }
             Request::Console(offset) => w.put(&offset.to_le_bytes()),
+            Request::Renew(renewal, tag) => {
+                w.put(&renewal.index.to_le_bytes());
+                w.put(&renewal.anchor);
+                w.put(tag);
+            }
         }
         let tag = match self {
             Request::Hello => return packet,
@@ -310,6 +321,9 @@ impl Request {
             Op::Stop => Request::Stop(r.u8()? == 1),
             Op::Suspend => Request::Suspend,
             Op::Wake => Request::Wake,
+            Op::Renew => {
+                Request::Renew(Renewal { index: r.u32()?, anchor: r.array()? }, r.array()?)
+            }
         };
         Some((request, nonce(packet), unchecked.job()))
     }
@@ -382,7 +396,7 @@ pub struct Booted {
     pub balance_micro: u64,
 }
 
-/// Answer to PAY.
+/// Answer to PAY and RENEW.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Paid {
     /// Number of tokens accepted so far.
@@ -490,6 +504,8 @@ pub enum Reply {
     Suspend(JobStatus),
     /// To WAKE: it is under way, or done when the stage says so.
     Wake(JobStatus),
+    /// To RENEW.
+    Renew(Paid),
     /// The request was understood and not done.
     Refused(Op, Status),
 }
@@ -506,6 +522,7 @@ impl Reply {
             Reply::Stop(_) => (Op::Stop, Status::Ok),
             Reply::Suspend(_) => (Op::Suspend, Status::Ok),
             Reply::Wake(_) => (Op::Wake, Status::Ok),
+            Reply::Renew(_) => (Op::Renew, Status::Ok),
             Reply::Refused(op, status) => (*op, *status),
         };
         let mut packet = head(op as u8 | REPLY, status as u8, nonce, job);
@@ -523,7 +540,7 @@ impl Reply {
                 w.put(&booted.ipv4);
                 w.put(&booted.balance_micro.to_le_bytes());
             }
-            Reply::Pay(paid) => {
+            Reply::Pay(paid) | Reply::Renew(paid) => {
                 w.put(&paid.last_index.to_le_bytes());
                 w.put(&paid.balance_micro.to_le_bytes());
             }
@@ -565,6 +582,7 @@ impl Reply {
                 Reply::Boot(Booted { mac: r.array()?, ipv4: r.array()?, balance_micro: r.u64()? })
             }
             Op::Pay => Reply::Pay(Paid { last_index: r.u32()?, balance_micro: r.u64()? }),
+            Op::Renew => Reply::Renew(Paid { last_index: r.u32()?, balance_micro: r.u64()? }),
             Op::Status => Reply::Status(JobStatus::parse(r)?),
             Op::Console => {
                 let (offset, total, len) = (r.u64()?, r.u64()?, r.u16()?);

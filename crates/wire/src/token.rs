@@ -125,6 +125,33 @@ pub struct PaymentToken {
     pub value: chain::Value,
 }
 
+/// "ONDENEXT", first in what a renewal's tag covers: keeps it apart from all other uses of the node key.
+const RENEWAL_MAGIC: [u8; 8] = *b"ONDENEXT";
+
+/// A new chain for a job whose chain is used up. The broker makes it, one for each chain's end, and the job's node takes
+/// it as it takes a boot token. It pays nothing: token `index` + 1 leads to `anchor`, and counts on from there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Renewal {
+    /// Index of the last token of the chain before.
+    pub index: u32,
+    /// Chain value that the next payment token must lead to.
+    pub anchor: chain::Value,
+}
+
+impl Renewal {
+    /// The tag that makes it valid for one job, in one life of the node whose key this is.
+    pub fn sign(&self, node_key: &Key, job: &JobId, incarnation: &Incarnation) -> Tag {
+        let index = self.index.to_le_bytes();
+        node_key.tag(&[&RENEWAL_MAGIC, incarnation, job, &index, &self.anchor])
+    }
+
+    /// Whether `tag` is that tag.
+    pub fn verify(&self, node_key: &Key, job: &JobId, life: &Incarnation, tag: &Tag) -> bool {
+        let index = self.index.to_le_bytes();
+        node_key.verify(&[&RENEWAL_MAGIC, life, job, &index, &self.anchor], tag)
+    }
+}
+
 /// "ONDECERT", first in every certificate.
 const CERT_MAGIC: [u8; 8] = *b"ONDECERT";
 /// Bytes of a redemption certificate, tag included.

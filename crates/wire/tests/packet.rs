@@ -9,7 +9,7 @@ use onde_wire::packet::*;
 use onde_wire::token::PaymentToken;
 use sample::*;
 
-fn requests() -> [(Request, &'static str); 8] {
+fn requests() -> [(Request, &'static str); 9] {
     let token = token();
     let tag = token.sign(&node());
     [
@@ -30,10 +30,14 @@ fn requests() -> [(Request, &'static str); 8] {
         (Request::Stop(false), "6825dbe60093ce5f057f5aca714a2c1c62134634822923b4944ace1f72328d58"),
         (Request::Suspend, "6de6cc619754b6e63a22196adfbbc73d6fa3ff355da992b4388a03cceec31525"),
         (Request::Wake, "07da3cf130a207e729cf78f702b9d195628a07fb118bca63bb4692c4b5958035"),
+        (
+            Request::Renew(renewal(), renewal().sign(&node(), &JOB, &[3; 16])),
+            "69a7e133ce7b1dc30fd373b825bee913b35a62afd88bd43be6048f11b33278e3",
+        ),
     ]
 }
 
-fn replies() -> [(Reply, Op, &'static str); 9] {
+fn replies() -> [(Reply, Op, &'static str); 10] {
     let hello = Hello {
         node: token().node,
         incarnation: [3; 16],
@@ -110,6 +114,11 @@ fn replies() -> [(Reply, Op, &'static str); 9] {
             Reply::Wake(status),
             Op::Wake,
             "9e34e1e75fcf10e3d012d11dc1197b6871005b5356d8da564266367f97cf922e",
+        ),
+        (
+            Reply::Renew(paid),
+            Op::Renew,
+            "fe1201357ee78f219277708d12e917c3a0368603cc361f70cceeef7365f3381a",
         ),
         (refused, Op::Boot, "b7255506a399b5894e2122bb76bfd933fc15dd62566bc8714481d32f89bad8c0"),
     ]

@@ -4,7 +4,7 @@ mod sample;
 
 use onde_wire::chain::{STEPS_MAX, step, verify, walk};
 use onde_wire::key::{Key, certificate_key, job_key, node_id, node_key};
-use onde_wire::token::{BootToken, Certificate};
+use onde_wire::token::{BootToken, Certificate, Renewal};
 use sample::*;
 
 #[test]
@@ -67,6 +67,24 @@ fn a_boot_token_keeps_its_bytes() {
         let mut bytes = bytes;
         bytes[..8].copy_from_slice(magic);
         assert_eq!(BootToken::parse(&bytes), None, "another version");
+    });
+}
+
+#[test]
+fn a_renewal_is_for_one_job_in_one_life_and_for_one_index() {
+    let (right, life) = (renewal(), [3; 16]);
+    let tag = right.sign(&node(), &JOB, &life);
+    check_golden(&tag, "b88dcb7e218d7d46deff6a4f6f0acb9c4484e3dddf722b03dbf20267e083b4a3");
+    assert!(right.verify(&node(), &JOB, &life, &tag));
+    assert!(!right.verify(&node(), &[8; 16], &life, &tag), "another job's");
+    assert!(!right.verify(&node(), &JOB, &[4; 16], &tag), "another life's");
+    assert!(!right.verify(&job(), &JOB, &life, &tag), "by one who knows the job's key only");
+    for other in [Renewal { index: 78, ..right }, Renewal { anchor: [7; 32], ..right }] {
+        assert!(!other.verify(&node(), &JOB, &life, &tag));
+    }
+    each_flip(&tag, |bit, tag| {
+        let is_right = right.verify(&node(), &JOB, &life, tag.try_into().unwrap());
+        assert!(!is_right, "bit {bit}");
     });
 }
 

@@ -4,6 +4,7 @@
 //! What cannot be seen from here is not judged: whether the processor time was real, or as fast as it might be. A node
 //! that lies about those sells a slow machine at its price list's price, and `--while` is what notices.
 
+use onde_wire::machine::Stage;
 use onde_wire::packet::{JobStatus, Prices};
 use onde_wire::price::SENT_MAX_PER_S;
 use std::time::Duration;
@@ -14,6 +15,11 @@ const CLOCK_SLACK_MS: u64 = 10_000;
 const DRIFT: u64 = 64;
 /// A STATUS tells the age of now and meters of the last charge: processor time of so long may come at once, ms.
 const METER_SLACK_MS: u64 = 5_000;
+
+/// At most one in so many micro-tokens paid is kept back for the disk.
+const RESERVE_SHARE: u64 = 8;
+/// How often a node looks at a VM that is about to run dry.
+const LOOKS_PER_S: u64 = 100;
 
 /// What was bought, and at what prices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,6 +34,8 @@ pub struct Deal {
     pub value_micro: u64,
     /// The node's price list when the job was bought.
     pub prices: Prices,
+    /// How long the node keeps it on disk when it runs dry, seconds; it pays for that before.
+    pub keep_s: u32,
 }
 
 impl Deal {
@@ -43,6 +51,21 @@ impl Deal {
         let busy = self.prices.busy_micro_per_s(self.vcpus, self.mem_mib, disk_mib);
         let sent = self.prices.cost_micro(0, 0, SENT_MAX_PER_S, 0);
         busy.saturating_add(busy / 4).saturating_add(sent).saturating_add(2)
+    }
+
+    /// Micro-tokens of a balance that a running VM must not use, where its node can save it: what it is kept on disk with,
+    /// at most an eighth of all that was paid, and what it uses between two looks of the node. A node that cannot save it
+    /// tells the same time twice.
+    pub fn reserve_micro(&self, status: &JobStatus) -> u64 {
+        if status.purge_s == status.seconds_left && status.stage != Stage::Suspended {
+            return 0;
+        }
+        // Its machine in a file is a little more than its memory.
+        let saved_mib = self.mem_mib.saturating_add(self.mem_mib / 64 + 8);
+        let rate = self.prices.held_micro_per_s(0, self.disk_mib.saturating_add(saved_mib));
+        let paid = u64::from(status.last_index).saturating_mul(self.value_micro);
+        let keep = rate.saturating_mul(self.keep_s.into()).min(paid / RESERVE_SHARE);
+        keep.saturating_add(self.burn_max_micro_per_s() / LOOKS_PER_S)
     }
 
     /// What the meters of a STATUS cost.

@@ -5,8 +5,9 @@
 //!  node holds:  0 ........ half a release ........ a release
 //!                 release         buy ahead            hold
 //! ```
-//! A *release* is what [`RELEASE_S`] seconds cost. A node never holds more than one that it has not earned, the first
-//! payment and what is paid by hand aside: so that is the most that one which cheats can get.
+//! A *release* is what [`RELEASE_S`] seconds cost. Beside it a node that can save the VM holds the *reserve*, which pays for
+//! the disk should the VM run dry, and which the price list bounds. A node never holds more than both without having
+//! earned it, the first payment and what is paid by hand aside: so that is the most that one which cheats can get.
 
 use super::judge::Deal;
 use crate::job::Job;
@@ -18,6 +19,8 @@ use onde_wire::packet::JobStatus;
 /// half as long at least when its home node is away. Longer, and a node that cheats gets more; shorter, and a home node
 /// that restarts, or a lost packet or two, leaves a VM dry.
 pub const RELEASE_S: u64 = 20;
+/// A VM on disk wakes up with so much to run on, seconds at its last rate; that no node can stretch it beyond a release.
+const WAKE_S: u64 = RELEASE_S / 2;
 /// What is bought at once lasts so long, seconds: what a broker may be away, and more costs nothing, since what was not
 /// released comes back.
 const BUY_S: u64 = 60;
@@ -50,12 +53,19 @@ pub fn next(deal: &Deal, status: &JobStatus, job: &Job) -> Act {
         deal.busy_micro_per_s().max(status.burn_micro_per_s.min(deal.burn_max_micro_per_s()));
     let (released, value) = (status.last_index, deal.value_micro.max(1));
     let release = rate.saturating_mul(RELEASE_S);
-    let held = u64::from(released).saturating_mul(value).saturating_sub(status.spent_micro);
-    if rate == 0 || held >= release {
+    let paid = u64::from(released).saturating_mul(value);
+    let reserve = deal.reserve_micro(status);
+    let held = paid.saturating_sub(status.spent_micro).saturating_sub(reserve);
+    if rate == 0 || (held >= release && status.wake_micro == 0) {
         return Act::Hold;
     }
-    let wanted = status.spent_micro.saturating_add(release).div_ceil(value);
-    let wanted = u32::try_from(wanted).unwrap_or(u32::MAX).min(released.saturating_add(STEPS_MAX));
+    let earned = status.spent_micro.saturating_add(reserve);
+    let wanted = earned.saturating_add(release).max(to_wake(deal, status, paid, earned));
+    let wanted = u32::try_from(wanted.div_ceil(value)).unwrap_or(u32::MAX);
+    let wanted = wanted.min(released.saturating_add(STEPS_MAX));
+    if wanted <= released {
+        return Act::Hold;
+    }
     let bought = job.bought().max(released);
     // One that ran dry sleeps until it gets this.
     let is_due = held < release / 2 || status.stage == Stage::Low || status.wake_micro > 0;
@@ -71,6 +81,15 @@ pub fn next(deal: &Deal, status: &JobStatus, job: &Job) -> Act {
         0 if is_due => Act::AtBudget,
         0 => Act::Hold,
         count => Act::Buy(count),
+    }
+}
+
+/// Micro-tokens to pay in all so that a VM which ran dry wakes up: as its node says, as far as the price list goes.
+fn to_wake(deal: &Deal, status: &JobStatus, paid: u64, earned: u64) -> u64 {
+    let most = deal.burn_max_micro_per_s().saturating_mul(WAKE_S);
+    match status.wake_micro {
+        0 => 0,
+        told => paid.saturating_add(told).min(earned.saturating_add(most)),
     }
 }
 
@@ -109,6 +128,43 @@ mod tests {
         check(&at(1170, 996), 1000, 996, Act::Show(1000));
         check(&at(1170, 1000), 1000, 1000, Act::AtBudget);
         check(&at(1160, 1000), 1000, 1000, Act::Hold);
+    }
+
+    #[test]
+    fn what_pays_for_the_disk_is_not_for_running() {
+        // 256 MiB on disk for 300 s at 0.01 tokens a GiB-second: 0.8 tokens; a node that can save tells two times.
+        let deal = Deal { keep_s: 300, ..DEAL };
+        let saves = |index| JobStatus { purge_s: 300, ..honest(100, 100, index) };
+        let next = |status: &JobStatus, bought| {
+            super::next(&deal, status, &job(bought, status.last_index, 1000))
+        };
+        assert_eq!(next(&honest(100, 100, 102), 200), Act::Hold);
+        assert_eq!(next(&saves(102), 200), Act::Hold);
+        assert_eq!(next(&saves(102), 102), Act::Buy(51), "its last token is the disk's");
+        assert_eq!(next(&saves(94), 200), Act::Show(103));
+        let dear = Deal { keep_s: u32::MAX, ..DEAL };
+        // At most an eighth of what was paid is kept back, whatever the terms are.
+        assert_eq!(super::next(&dear, &saves(104), &job(300, 104, 1000)), Act::Show(116));
+    }
+
+    #[test]
+    fn a_vm_on_disk_gets_what_wakes_it_and_a_liar_no_more_than_a_release() {
+        let deal = Deal { keep_s: 300, ..DEAL };
+        let dry = |index, wake_micro| JobStatus {
+            stage: Stage::Suspended,
+            purge_s: 300,
+            seconds_left: 300,
+            wake_micro,
+            ..honest(100, 100, index)
+        };
+        let next =
+            |status: &JobStatus| super::next(&deal, status, &job(900, status.last_index, 1000));
+        assert_eq!(next(&dry(86, 1_000_000)), Act::Show(103));
+        assert_eq!(next(&dry(86, 30_000_000)), Act::Show(116), "it sent much before");
+        let most = deal.burn_max_micro_per_s() * WAKE_S;
+        let all = (85_000_000 + deal.reserve_micro(&dry(86, 1)) + most).div_ceil(1_000_000) as u32;
+        assert_eq!(next(&dry(86, u64::MAX)), Act::Show(all));
+        assert_eq!(next(&dry(all, u64::MAX)), Act::Hold);
     }
 
     #[test]

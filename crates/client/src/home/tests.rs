@@ -8,6 +8,7 @@ use crate::job::tests::{Folder, sample};
 use onde_wire::key::Key;
 use onde_wire::packet::{EndReason, Op, Packet, Paid, Prices as PriceList, Reply, Request, Status};
 use std::cell::RefCell;
+use std::cmp::Ordering;
 use std::collections::HashMap;
 use std::net::Ipv4Addr;
 use std::rc::Rc;
@@ -21,9 +22,10 @@ pub(crate) const DEAL: Deal = Deal {
     disk_mib: 0,
     value_micro: 1_000_000,
     prices: PriceList { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 10_000 },
+    keep_s: 0,
 };
-const SEED: chain::Value = [9; 32];
-const CHAIN: u32 = 2000;
+/// Tokens in each of the job's chains: it comes to the end of several.
+const CHAIN: u32 = 30;
 const FIRST: u32 = 20;
 
 /// What an honest node says of a VM of this age and processor time, seconds.
@@ -51,13 +53,19 @@ pub(crate) fn honest(age_s: u64, cpu_s: u64, last_index: u32) -> JobStatus {
     status
 }
 
-fn chain_value(index: u32) -> chain::Value {
-    chain::walk(&SEED, CHAIN - index)
+/// The last token of the chain that the token behind `index` is of.
+fn chain_end(index: u32) -> u32 {
+    FIRST + (index.saturating_sub(FIRST) / CHAIN + 1) * CHAIN
+}
+
+/// A token's value as it follows from the chain that ends with the token `end`.
+fn chain_value(end: u32, index: u32) -> chain::Value {
+    chain::walk(&[end as u8; 32], end - index)
 }
 
 /// A job that bought `sold` tokens and released so many of them.
 pub(crate) fn job(sold: u32, released: u32, budget: u32) -> Job {
-    let payments = vec![Payment { index: sold, value: Hex([0; 32]) }];
+    let payments = vec![Payment { index: sold, value: Hex([0; 32]), renewal: None }];
     Job { sold, released, budget, payments, prices: Some(PRICES), ..sample([7; 16], None, 1) }
 }
 
@@ -88,6 +96,7 @@ struct World {
     now_s: u64,
     cpu_s: u64,
     last_index: u32,
+    last_value: chain::Value,
     replayed: Option<JobStatus>,
     sold: u32,
     answers: HashMap<String, Payment>,
@@ -130,13 +139,21 @@ impl World {
         if self.evil == Evil::Refuses && self.is_evil() {
             return Err(Status::BadPayment);
         }
-        if token.index == self.last_index && token.value == chain_value(token.index) {
+        if token.index <= self.last_index {
             return Ok(());
         }
-        let steps = token.index.saturating_sub(self.last_index);
-        match chain::verify(&chain_value(self.last_index), &token.value, steps) {
-            true => self.last_index = token.index,
+        match chain::verify(&self.last_value, &token.value, token.index - self.last_index) {
+            true => (self.last_index, self.last_value) = (token.index, token.value),
             false => return Err(Status::BadPayment),
+        }
+        Ok(())
+    }
+
+    fn renew(&mut self, renewal: &token::Renewal) -> Result<(), Status> {
+        match renewal.index.cmp(&self.last_index) {
+            Ordering::Less => {}
+            Ordering::Equal => self.last_value = renewal.anchor,
+            Ordering::Greater => return Err(Status::BadPayment),
         }
         Ok(())
     }
@@ -145,8 +162,13 @@ impl World {
         if let Some(answer) = self.answers.get(&request.idempotency_key) {
             return *answer;
         }
-        self.sold += request.count;
-        let payment = Payment { index: self.sold, value: Hex(chain_value(self.sold)) };
+        let (before, end) = (self.sold, chain_end(self.sold));
+        self.sold = end.min(before + request.count);
+        let anchor = Hex(chain_value(end, before));
+        let renewal = Renewal { index: before, anchor, tag: Hex([0; 32]) };
+        let renewal = (before > FIRST && chain_end(before - 1) == before).then_some(renewal);
+        let payment =
+            Payment { index: self.sold, value: Hex(chain_value(end, self.sold)), renewal };
         self.answers.insert(request.idempotency_key.clone(), payment);
         payment
     }
@@ -187,6 +209,10 @@ impl Exchange for Line {
                 Ok(()) => Reply::Pay(Paid { last_index: token.index, balance_micro: 0 }),
                 Err(status) => Reply::Refused(op, status),
             },
+            Request::Renew(renewal, _) => match world.renew(&renewal) {
+                Ok(()) => Reply::Renew(Paid { last_index: renewal.index, balance_micro: 0 }),
+                Err(status) => Reply::Refused(op, status),
+            },
             other => unreachable!("{other:?}"),
         };
         self.call(|world| Ok(answer(world)), || EchoError::Silent { node })
@@ -219,6 +245,7 @@ fn live(seed: u64, evil: Evil, budget: u32) -> (Rc<RefCell<World>>, Job, u64) {
         now_s: 0,
         cpu_s: 0,
         last_index: FIRST,
+        last_value: chain_value(chain_end(FIRST), FIRST),
         replayed: None,
         sold: FIRST,
         answers: HashMap::new(),

@@ -108,7 +108,7 @@ impl Checks {
     /// A reply leaves a node.
     pub fn reply(&mut self, life: Life, job: &JobId, reply: &Reply) {
         match reply {
-            Reply::Pay(paid) => self.accepted(life, job, paid.last_index),
+            Reply::Pay(paid) | Reply::Renew(paid) => self.accepted(life, job, paid.last_index),
             Reply::Status(status) => {
                 self.accepted(life, job, status.last_index);
                 let paid = u64::from(status.last_index) * self.story(job).token.value_micro;

@@ -16,10 +16,11 @@ use onde_client::echo::{EchoError, Exchange, Policy};
 use onde_client::home::{Home, Shop, Standing};
 use onde_client::job::{Job, Jobs};
 use onde_client::node::{Handle, NodeError};
+use onde_wire::chain;
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::Key;
 use onde_wire::packet::{self, Op, Packet, Reply, Request, Status};
-use onde_wire::token::{BootToken, CERTIFICATE_SIZE, JobId, PaymentToken};
+use onde_wire::token::{BootToken, CERTIFICATE_SIZE, JobId, PaymentToken, Renewal};
 
 use crate::metal::PRICES;
 use crate::world::{Lost, World};
@@ -367,6 +368,11 @@ impl Customer {
             // With the tag of another token, and with his own of old.
             Some(token) if world.random.one_in(4) => {
                 Request::Boot(BootToken { first_count: token.first_count + 5, ..token }, [0; 32])
+            }
+            // A chain of his own, behind the tokens that he was sold.
+            _ if world.random.one_in(4) => {
+                let own = Renewal { index, anchor: chain::walk(&value, 9) };
+                Request::Renew(own, own.sign(&handle.key, &handle.job, &[0; 16]))
             }
             _ => Request::Pay(PaymentToken { index, value }),
         };

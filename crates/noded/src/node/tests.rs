@@ -290,6 +290,7 @@ fn words(reply: &Reply) -> String {
             format!("booted .{} with {}", booted.ipv4[3], booted.balance_micro)
         }
         Reply::Pay(paid) => format!("paid {} left {}", paid.last_index, paid.balance_micro),
+        Reply::Renew(paid) => format!("renewed at {}", paid.last_index),
         Reply::Status(status) => told(status),
         Reply::Suspend(status) | Reply::Wake(status) => status.stage.name().into(),
         Reply::Console(slice) => {

@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use onde_wire::key::{Key, certificate_key, job_key, node_id, node_key, sha256};
-use onde_wire::token::{BootToken, Certificate};
+use onde_wire::token::{BootToken, Certificate, Renewal};
 
 pub const MAC: [u8; 6] = [2, 0x4f, 198, 18, 1, 1];
 pub const JOB: [u8; 16] = [9; 16];
@@ -45,6 +45,10 @@ pub fn token() -> BootToken {
         gateway: [198, 18, 0, 1],
         prefix_len: 15,
     }
+}
+
+pub fn renewal() -> Renewal {
+    Renewal { index: 77, anchor: [6; 32] }
 }
 
 pub fn certificate() -> Certificate {
