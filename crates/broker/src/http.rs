@@ -210,7 +210,7 @@ async fn redeem(
 #[utoipa::path(post, path = "/v1/jobs/{id}/cancel", params(("id" = String, Path)),
     responses((status = 200, body = Job), (status = "4XX", body = Failure)))]
 async fn cancel(broker: Shared, key: Bearer, Path(id): Path<Hex<16>>) -> Answer<Job> {
-    customer(broker, key, move |broker, name| broker.cancel(name, &id.0)).await
+    customer(broker, key, move |broker, name| broker.cancel(name, &id.0, Instant::now())).await
 }
 
 /// Opens an account (operator).

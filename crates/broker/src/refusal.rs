@@ -48,8 +48,8 @@ pub enum Refusal {
     #[error("the job's VM was started")]
     JobBooted,
     /// The boot token may still start a VM.
-    #[error("the boot token may still be shown")]
-    TokenLive,
+    #[error("the boot token can still be shown, for {0} s")]
+    TokenLive(u64),
     /// An old backup was restored: the job may have sold more than the ledger knows.
     #[error("the job sells no more: the broker's ledger was restored from an old backup")]
     JobFrozen,
@@ -111,8 +111,8 @@ impl Refusal {
             Refusal::JobBooted => {
                 (409, "job_booted", "stop it at its node and redeem the certificate")
             }
-            Refusal::TokenLive => {
-                (409, "token_live", "unused, it is credited by itself soon after it expires")
+            Refusal::TokenLive(_) => {
+                (409, "token_live", "if it is not, all of its price comes back by itself then")
             }
             Refusal::JobFrozen => {
                 (409, "job_frozen", "move to a new job; this one is settled by its certificate")

@@ -13,6 +13,7 @@ use onde_client::api::{Job, SettledBy};
 use onde_wire::key::{Key, certificate_key};
 use onde_wire::packet::JobStatus;
 use onde_wire::token::{CERTIFICATE_SIZE, Certificate, JobId};
+use std::time::Instant;
 
 /// Ends an open job with a refund; a settled one stays as it is.
 /// A job given up for its node's silence stays watched: if the node comes back, the VM is stopped there.
@@ -134,12 +135,16 @@ impl Broker {
 
     /// Gives a boot token back that was never shown. Its node has to confirm that, once the token is expired;
     /// the broker asks by itself, so this tells how it stands.
-    pub fn cancel(&self, account: &str, id: &JobId) -> Result<Job, Refusal> {
+    pub fn cancel(&self, account: &str, id: &JobId, now: Instant) -> Result<Job, Refusal> {
         let job = self.ledger.read(|tx| jobs::find_own(tx, account, id))?;
         match (job.is_open(), job.booted) {
             (false, _) => Ok(job.show(&self.cluster.plan)),
             (true, true) => Err(Refusal::JobBooted),
-            (true, false) => Err(Refusal::TokenLive),
+            (true, false) => {
+                let uptime_ms =
+                    self.nodes().get(&job.node_id).map_or(0, |seen| seen.uptime_ms(now));
+                Err(Refusal::TokenLive(job.expiry_ms.saturating_sub(uptime_ms).div_ceil(1000)))
+            }
         }
     }
 }

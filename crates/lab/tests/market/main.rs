@@ -22,7 +22,7 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 29] = [
+const CASES: [Case; 30] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
@@ -50,6 +50,7 @@ const CASES: [Case; 29] = [
     ("budget_is_a_hard_stop", wallets::budget),
     ("killed_wallet_goes_on_where_it_was", wallets::killed),
     ("guest_pays_by_itself_while_nobody_else_does", wallets::purse),
+    ("chain_ends_and_the_job_goes_on", wallets::chain_ends),
     ("node_lost_unused_tokens_come_back", failures::node_lost),
     ("broker_away_vm_goes_on", failures::broker_away),
 ];

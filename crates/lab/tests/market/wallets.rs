@@ -3,7 +3,14 @@
 use std::fs;
 
 use anyhow::{Context, Result, ensure};
+use onde_client::api::{CreditRequest, SettledBy};
+use onde_client::broker::new_key;
+use onde_client::echo::Echo;
+use onde_client::home::Home;
+use onde_client::job::Jobs;
+use onde_wire::chain::STEPS_MAX;
 use onde_wire::cluster::TOKEN_MICRO;
+use onde_wire::machine::Stage;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::world::{World, wait};
@@ -102,6 +109,37 @@ pub fn purse(world: &World) -> Result<()> {
         Ok(spent > (released + 2) * TOKEN_MICRO)
     })?;
     stop(world, "own")
+}
+
+/// A job buys more than a million tokens: its chain comes to its end, and its VM goes on with the next.
+pub fn chain_ends(world: &World) -> Result<()> {
+    const CHAIN: u32 = 1 << 20;
+    let micro = 2 * u64::from(CHAIN) * TOKEN_MICRO;
+    let credit = CreditRequest { idempotency_key: new_key()?, micro };
+    world.operator.credit("customer", &credit)?;
+    let before = world.balance()?;
+    world.onde([&["run", "-d", "--name", "rich", "--tokens", "20"], &BUSY[..]].concat())?;
+    let jobs = Jobs::open(&world.file("state/onde/jobs"))?;
+    let job = jobs.find("rich")?;
+    let mut home = Home::new(Echo::open()?, world.broker.clone(), jobs.clone(), &job);
+    let mut status = home.pay(STEPS_MAX)?;
+    while status.last_index < job.sold + CHAIN + 100 {
+        status = home.pay(STEPS_MAX)?;
+        ensure!(status.stage == Stage::Running, "{status:?}");
+    }
+    ensure!(jobs.get(&job.id.0)?.renewals.is_empty(), "the node has seen the new chain");
+    let spent = status.spent_micro;
+    wait("the VM to go on", || {
+        let row = state(world, "rich")?.context("the job is gone")?;
+        ensure!(row["state"] == "running", "{row}");
+        Ok(row["spent_micro"].as_u64() > Some(spent + TOKEN_MICRO))
+    })?;
+    stop(world, "rich")?;
+    let job = world.broker.job(&job.id.0)?;
+    ensure!(job.settled_by == Some(SettledBy::Certificate), "{job:?}");
+    ensure!(before - world.balance()? == world.cost(&job)?, "the books");
+    ensure!(world.cost(&job)? < 1000 * TOKEN_MICRO, "the change of all that came back: {job:?}");
+    Ok(())
 }
 
 /// The newest job's file.
