@@ -3,7 +3,6 @@
 
 use crate::Broker;
 use crate::journal::{self, Act, Book, Reason, signed};
-use crate::ledger::unix_s;
 use crate::payments::Paid;
 use crate::refusal::Refusal;
 use crate::store::{Row, StoreError, Tx, params};
@@ -15,6 +14,9 @@ use onde_wire::key::sha256;
 
 /// Longest life of a key that ends, seconds: ten years.
 const KEY_LIFE_MAX_S: u64 = 10 * 366 * 24 * 3600;
+
+/// The word for keys that read figures.
+const METRICS: &str = "metrics";
 
 /// Digest of an API key.
 pub type KeyDigest = [u8; 32];
@@ -45,7 +47,7 @@ pub fn credit(
 ) -> Result<(), Refusal> {
     let micro = signed(micro);
     let lines = [(Book::Cash(from), -micro), (Book::Customer(account), micro)];
-    let (reason, at) = (Reason::Credit, unix_s());
+    let (reason, at) = (Reason::Credit, tx.unix_s());
     journal::post(tx, &Act { reason, key, job: None, tokens: None, at, lines: &lines })
 }
 
@@ -55,7 +57,7 @@ fn is_name(name: &str) -> bool {
 }
 
 fn issue_key(tx: &Tx<'_>, name: &str, request: KeyRequest) -> Result<AccountOpened, Refusal> {
-    let (key, now) = (new_key(), unix_s());
+    let (key, now) = (new_key(), tx.unix_s());
     let digest = sha256(key.as_bytes());
     let scope = scope_word(request.scope);
     let expires_at = request.expires_in_s.map(|life| now + life);
@@ -75,23 +77,34 @@ fn scope_word(scope: Scope) -> &'static str {
     match scope {
         Scope::Customer => "customer",
         Scope::Reader => "reader",
+        Scope::Metrics => METRICS,
     }
 }
 
 impl Broker {
     /// Whose key this is, if it is still good, and good for acts that change something where this one `writes`.
     pub fn customer(&self, key: &KeyDigest, writes: bool) -> Result<String, Refusal> {
-        let found = self.ledger.read(|tx| {
-            let sql = "SELECT account, scope FROM keys \
-                 WHERE digest = ?1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > ?2)";
-            let read = |row: &Row| Ok((row.get::<String>(0)?, row.get::<String>(1)?));
-            Ok(tx.row(sql, params![key, unix_s()], read)?)
-        })?;
-        match found {
+        match self.key(key)? {
             None => Err(Refusal::Unauthorized),
+            Some((_, scope)) if scope == METRICS => Err(Refusal::OnlyMetrics),
             Some((_, scope)) if writes && scope != "customer" => Err(Refusal::ReadOnly),
             Some((account, _)) => Ok(account),
         }
+    }
+
+    /// Whether this is a key for the broker's figures.
+    pub fn is_for_metrics(&self, key: &KeyDigest) -> Result<bool, Refusal> {
+        Ok(self.key(key)?.is_some_and(|(_, scope)| scope == METRICS))
+    }
+
+    /// Account and scope of a key that is still good.
+    fn key(&self, key: &KeyDigest) -> Result<Option<(String, String)>, Refusal> {
+        self.ledger.read(|tx| {
+            let sql = "SELECT account, scope FROM keys \
+                 WHERE digest = ?1 AND revoked_at IS NULL AND (expires_at IS NULL OR expires_at > ?2)";
+            let read = |row: &Row| Ok((row.get::<String>(0)?, row.get::<String>(1)?));
+            Ok(tx.row(sql, params![key, tx.unix_s()], read)?)
+        })
     }
 
     /// Makes a key of the account, or any key if it is the operator who asks (`None`), worthless. Again: the same.
@@ -100,7 +113,7 @@ impl Broker {
             let found = tx.execute(
                 "UPDATE keys SET revoked_at = coalesce(revoked_at, ?2) \
                  WHERE substr(digest, 1, 8) = ?1 AND account = coalesce(?3, account)",
-                params![id.0, unix_s(), account],
+                params![id.0, tx.unix_s(), account],
             )?;
             if found == 0 { Err(Refusal::NotFound("key")) } else { Ok(Revoked { id: *id }) }
         })
@@ -117,7 +130,7 @@ impl Broker {
         self.ledger.act(|tx| {
             let made = tx.execute(
                 "INSERT INTO accounts (name, opened_at) VALUES (?1, ?2) ON CONFLICT DO NOTHING",
-                params![name, unix_s()],
+                params![name, tx.unix_s()],
             )?;
             match made {
                 0 => Err(Refusal::AccountExists),

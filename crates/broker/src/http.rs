@@ -255,7 +255,7 @@ async fn revoke_key(State(broker): Shared, key: Bearer, Path(id): Path<Hex<8>>) 
 async fn webhook(State(broker): Shared, headers: HeaderMap, body: Bytes) -> Answer<Credited> {
     let signature = headers.get("onde-signature").and_then(|value| value.to_str().ok());
     let signature = signature.unwrap_or_default().to_owned();
-    blocking(move || broker.webhook_paid(&signature, &body, ledger::unix_s())).await
+    blocking(move || broker.webhook_paid(&signature, &body, broker.store().unix_s())).await
 }
 
 /// Which page of a job's usage.
@@ -343,11 +343,18 @@ async fn readyz(State(broker): Shared) -> Answer<Ready> {
     .await
 }
 
-/// Figures for Prometheus (operator).
+/// Figures for Prometheus (operator, or a key with this scope).
 #[utoipa::path(get, path = "/metrics",
     responses((status = 200, body = String, content_type = "application/openmetrics-text"), (status = "4XX", body = Failure)))]
 async fn metrics(broker: Shared, key: Bearer) -> Result<Response, Refusal> {
-    let Json(text) = operator(broker, key, |broker| broker.figures(Instant::now())).await?;
+    let figures = move |broker: &Broker| broker.figures(Instant::now());
+    let State(it) = &broker;
+    let (it, digest) = (Arc::clone(it), key.0);
+    let Json(may) = blocking(move || it.is_for_metrics(&digest)).await?;
+    let Json(text) = match may {
+        true => blocking(move || figures(&broker.0)).await?,
+        false => operator(broker, key, figures).await?,
+    };
     let kind = "application/openmetrics-text; version=1.0.0; charset=utf-8";
     Ok(([(CONTENT_TYPE, kind)], text).into_response())
 }

@@ -10,7 +10,6 @@
 //!    came in so far)                                         `----------------> owner:income   (what was used)
 //! ```
 
-use crate::ledger::unix_s;
 use crate::refusal::Refusal;
 use crate::store::{StoreError, Tx, Value, params};
 use onde_client::api::Hex;
@@ -211,7 +210,7 @@ pub fn adopt(tx: &Tx<'_>) -> Result<(), StoreError> {
     let unpaid: Vec<(JobId, String)> =
         tx.rows(sql, params![], |row| Ok((row.get(0)?, row.get(1)?)))?;
     for (job, account) in &unpaid {
-        adopt_refund(tx, job, account, 0, unix_s())?;
+        adopt_refund(tx, job, account, 0, tx.unix_s())?;
     }
     tx.execute("DROP TABLE entries", params![])?;
     tx.execute("ALTER TABLE accounts DROP COLUMN balance_micro", params![])?;

@@ -3,13 +3,12 @@
 //! through [`Ledger::act`] and [`Ledger::read`]. It knows nothing of nodes, prices or HTTP.
 
 use crate::refusal::Refusal;
-use crate::store::{AsStoreError, Store, StoreError, Tx, params};
+use crate::store::{AsStoreError, Clock, Store, StoreError, Tx, params};
 use onde_client::api::{Event, EventList, Hex, IDEMPOTENCY_KEY_MAX};
 use onde_wire::key::sha256;
 use onde_wire::token::{JobId, NodeId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 /// How long the answer to an idempotency key is remembered: longer than any client repeats a request. The key itself
 /// stays in the journal for good.
@@ -18,11 +17,6 @@ const REPLY_AGE_MAX_S: u64 = 7 * 24 * 3600;
 const EVENT_AGE_MAX_S: u64 = 90 * 24 * 3600;
 /// How long a job of a silent node is watched for after it was settled.
 const WATCH_AGE_MAX_S: u64 = 24 * 3600;
-
-/// Seconds since 1970: for people who read the journal. Nothing is decided by it but the age of what is pruned.
-pub fn unix_s() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
-}
 
 /// The ledger.
 pub struct Ledger {
@@ -42,6 +36,11 @@ impl Ledger {
     /// Opens the ledger in a file, or at a `postgres://` URL; makes it if it is not there.
     pub fn open(place: &str) -> Result<Self, StoreError> {
         Ok(Self { store: Store::open(place)? })
+    }
+
+    /// The same with another clock.
+    pub fn with_clock(self, clock: Clock) -> Self {
+        Self { store: self.store.with_clock(clock) }
     }
 
     /// Runs `act` as one transaction: all of it is on disk when this returns `Ok`, none of it otherwise. It is run
@@ -82,7 +81,7 @@ impl Ledger {
             let reply = serde_json::to_string(&done).expect("replies are plain structs");
             tx.execute(
                 "INSERT INTO replies (scope, key, request, reply, at) VALUES (?1, ?2, ?3, ?4, ?5)",
-                params![scope, key, digest, reply, unix_s()],
+                params![scope, key, digest, reply, tx.unix_s()],
             )?;
             Ok(done)
         };
@@ -95,8 +94,8 @@ impl Ledger {
 
     /// Forgets answers, events and silent nodes' jobs that are too old to matter.
     pub fn prune(&self) -> Result<(), Refusal> {
-        let before = |age_s| unix_s().saturating_sub(age_s);
         self.act(|tx| {
+            let before = |age_s| tx.unix_s().saturating_sub(age_s);
             tx.execute("DELETE FROM replies WHERE at < ?1", params![before(REPLY_AGE_MAX_S)])?;
             tx.execute("DELETE FROM events WHERE at < ?1", params![before(EVENT_AGE_MAX_S)])?;
             tx.execute(
@@ -136,7 +135,7 @@ pub fn note(
     tracing::info!(kind, node = hex(node), job = hex(job), "{text}");
     tx.execute(
         "INSERT INTO events (at, kind, node, job, text) VALUES (?1, ?2, ?3, ?4, ?5)",
-        params![unix_s(), kind, node, job, text],
+        params![tx.unix_s(), kind, node, job, text],
     )?;
     Ok(())
 }

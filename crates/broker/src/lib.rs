@@ -63,13 +63,14 @@ impl Broker {
     pub fn new(cluster: Cluster, ledger: Ledger, operator_key: &str, now: Instant) -> Self {
         let operator = sha256(operator_key.as_bytes());
         let signer = SigningKey::from_bytes(&random());
+        let metrics = metrics::Metrics::new(ledger.store().latency());
         Self {
             cluster,
             ledger,
             nodes: Mutex::new(Nodes::new(now)),
             stock: Default::default(),
             operator,
-            metrics: Default::default(),
+            metrics,
             webhook: None,
             signer,
         }

@@ -3,7 +3,7 @@
 
 use crate::Broker;
 use crate::refusal::Refusal;
-use crate::store::{StoreError, Tx, params};
+use crate::store::{Latency, StoreError, Tx, params};
 use prometheus_client::encoding::{EncodeLabelSet, text::encode};
 use prometheus_client::metrics::counter::Counter;
 use prometheus_client::metrics::family::Family;
@@ -35,7 +35,6 @@ pub struct Metrics {
     sold_micro: Counter,
     settled: Family<Settled, Counter>,
     refund_micro: Family<Settled, Counter>,
-    store_seconds: Histogram,
     nodes_alive: Gauge,
     jobs_open: Gauge,
     balances_micro: Gauge,
@@ -46,8 +45,9 @@ fn seconds() -> Histogram {
     Histogram::new(exponential_buckets(0.0005, 2.0, 16))
 }
 
-impl Default for Metrics {
-    fn default() -> Self {
+impl Metrics {
+    /// Nothing counted yet, beside what a store measures of itself.
+    pub fn new(store: &Latency) -> Self {
         let mut metrics = Self {
             registry: Registry::with_prefix("onde_broker"),
             requests: Family::default(),
@@ -56,12 +56,12 @@ impl Default for Metrics {
             sold_micro: Counter::default(),
             settled: Family::default(),
             refund_micro: Family::default(),
-            store_seconds: seconds(),
             nodes_alive: Gauge::default(),
             jobs_open: Gauge::default(),
             balances_micro: Gauge::default(),
         };
         metrics.register();
+        metrics.register_store(store);
         metrics
     }
 }
@@ -79,14 +79,21 @@ impl Metrics {
         );
         all.register("settlements", "Jobs settled", self.settled.clone());
         all.register("refund_micro", "Micro-tokens given back", self.refund_micro.clone());
-        all.register(
-            "store_seconds",
-            "Time that the ledger took to add up these figures",
-            self.store_seconds.clone(),
-        );
         all.register("nodes_alive", "Nodes that answer", self.nodes_alive.clone());
         all.register("jobs_open", "Jobs not settled", self.jobs_open.clone());
         all.register("balances_micro", "Micro-tokens in all accounts", self.balances_micro.clone());
+    }
+
+    fn register_store(&mut self, store: &Latency) {
+        for (access, seconds) in [("read", &store.read), ("write", &store.write)] {
+            let label = ("access".into(), access.into());
+            let part = self.registry.sub_registry_with_label(label);
+            part.register(
+                "store_seconds",
+                "Time that the ledger took for one act",
+                seconds.clone(),
+            );
+        }
     }
 
     /// A request was answered.
@@ -126,9 +133,8 @@ fn totals(tx: &Tx<'_>) -> Result<Totals, StoreError> {
 impl Broker {
     /// All figures as Prometheus reads them.
     pub fn figures(&self, now: Instant) -> Result<String, Refusal> {
-        let (metrics, begun) = (&self.metrics, Instant::now());
+        let metrics = &self.metrics;
         let totals = self.ledger.read(|tx| Ok(totals(tx)?))?;
-        metrics.store_seconds.observe(begun.elapsed().as_secs_f64());
         metrics.jobs_open.set(totals.open);
         metrics.balances_micro.set(totals.balances_micro);
         metrics.nodes_alive.set(self.nodes().alive(now).count() as i64);

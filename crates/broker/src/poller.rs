@@ -18,8 +18,6 @@ use std::time::{Duration, Instant};
 const ROUND: Duration = Duration::from_secs(1);
 /// How long a round waits for the last answers.
 const ANSWER_TIME: Duration = Duration::from_millis(700);
-/// Jobs are asked about in every n-th round.
-const ROUNDS_PER_ASK: u64 = 2;
 /// Addresses swept in a round. Each that nobody has keeps an ARP entry busy for three seconds, of 1024 by default.
 const SWEEP_PER_ROUND: u32 = 128;
 /// Requests sent before the socket is read again: their answers fit its buffer.
@@ -98,14 +96,12 @@ fn run_watch(mut asker: Asker, stop: &Receiver<()>) {
         let broker = Arc::clone(&asker.broker);
         let alive: HashSet<u32> = broker.nodes().alive(now).collect();
         let mut asks: Vec<_> = alive.into_iter().map(|number| asker.hello(number)).collect();
-        if number % ROUNDS_PER_ASK == 0 {
-            match broker.asks(after, now) {
-                Ok((jobs, next)) => {
-                    asks.extend(jobs.iter().map(|ask| asker.about_job(ask)));
-                    after = next;
-                }
-                Err(refusal) => tracing::error!(?refusal, "listing jobs to ask about"),
+        match broker.asks(after, now) {
+            Ok((jobs, next)) => {
+                asks.extend(jobs.iter().map(|ask| asker.about_job(ask)));
+                after = next;
             }
+            Err(refusal) => tracing::error!(?refusal, "listing jobs to ask about"),
         }
         asker.round(asks);
         if let Err(refusal) = broker.tick(Instant::now()) {

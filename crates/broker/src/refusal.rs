@@ -35,6 +35,9 @@ pub enum Refusal {
     /// The key may only read.
     #[error("this key may only read")]
     ReadOnly,
+    /// The key is for figures only.
+    #[error("this key reads the broker's figures, and nothing else")]
+    OnlyMetrics,
     /// Not signed by who is to sign it.
     #[error("the signature {0}")]
     BadSignature(&'static str),
@@ -90,6 +93,9 @@ impl Refusal {
             ),
             Refusal::NotOperator => {
                 (403, "not_operator", "use the key in the broker's admin key file")
+            }
+            Refusal::OnlyMetrics => {
+                (403, "only_metrics", "GET /metrics; for the rest use another key of the account")
             }
             Refusal::ReadOnly => (403, "read_only", "use a key of the account with scope customer"),
             Refusal::BadSignature(_) => (

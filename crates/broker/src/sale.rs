@@ -6,7 +6,6 @@ use crate::accounts::balance;
 use crate::chains::{self, New};
 use crate::jobs::{self, JobRow};
 use crate::journal::{self, Act, Book, Reason, request_key, signed};
-use crate::ledger::unix_s;
 use crate::nodes::{Reserved, Seen};
 use crate::refusal::Refusal;
 use crate::store::{Tx, params};
@@ -111,7 +110,7 @@ impl Broker {
                 Some(job) => moved_guest(tx, account, &job.0)?,
                 None => free_guest(tx, self.cluster.plan.guests_max())?,
             };
-            let mut job = new_job(account, request, &seen, guest, &new, now);
+            let mut job = new_job(account, request, &seen, guest, &new, (tx.unix_s(), now));
             job.insert(tx)?;
             note_prices(tx, &job.id, &seen.hello.prices)?;
             journal::open(tx, Book::Job(&job.id))?;
@@ -228,7 +227,7 @@ fn charge(
         return Err(Refusal::NoMoney { need, have });
     }
     let lines = [(Book::Customer(&job.account), -signed(need)), (Book::Job(&job.id), signed(need))];
-    let (job, tokens, at) = (Some(&job.id), Some((first, last)), unix_s());
+    let (job, tokens, at) = (Some(&job.id), Some((first, last)), tx.unix_s());
     journal::post(tx, &Act { reason, key, job, tokens, at, lines: &lines })
 }
 
@@ -244,7 +243,7 @@ fn new_job(
     seen: &Seen,
     guest: u32,
     new: &New,
-    now: Instant,
+    (opened_at, now): (u64, Instant),
 ) -> JobRow {
     JobRow {
         seq: 0,
@@ -266,7 +265,7 @@ fn new_job(
         expiry_ms: seen.uptime_ms(now).saturating_add(BOOT_TOKEN_LIFE_MS),
         booted: false,
         spent_micro: 0,
-        opened_at: unix_s(),
+        opened_at,
         ended_at: None,
         settled_by: None,
         settled_at: None,

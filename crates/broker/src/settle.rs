@@ -5,7 +5,7 @@
 use crate::Broker;
 use crate::jobs::{self, JobRow, settled_word};
 use crate::journal::{self, Act, Book, Reason, settle_key, signed};
-use crate::ledger::{note, unix_s};
+use crate::ledger::note;
 use crate::refusal::Refusal;
 use crate::store::{Tx, params};
 use crate::usage::note_sample;
@@ -24,7 +24,7 @@ fn settle(tx: &Tx<'_>, job: &JobRow, by: SettledBy, refund: u64) -> Result<(), R
     let watched = by == SettledBy::NodeSilent;
     tx.execute(
         "UPDATE jobs SET settled_by = ?2, settled_at = ?3, refund_micro = ?4, watched = ?5, chain = NULL WHERE id = ?1",
-        params![job.id, settled_word(by), unix_s(), refund, watched],
+        params![job.id, settled_word(by), tx.unix_s(), refund, watched],
     )?;
     let (paid, back) = (signed(job.paid_micro()), signed(refund));
     let lines = [
@@ -32,7 +32,7 @@ fn settle(tx: &Tx<'_>, job: &JobRow, by: SettledBy, refund: u64) -> Result<(), R
         (Book::Customer(&job.account), back),
         (Book::Income, paid - back),
     ];
-    let (reason, key, at) = (Reason::Refund, settle_key(&job.id), unix_s());
+    let (reason, key, at) = (Reason::Refund, settle_key(&job.id), tx.unix_s());
     journal::post(tx, &Act { reason, key, job: Some(&job.id), tokens: None, at, lines: &lines })?;
     let text = format!("{}: {refund} of {} micro-tokens back", settled_word(by), job.paid_micro());
     note(tx, "job_settled", Some(&job.node_id), Some(&job.id), &text)?;
@@ -77,7 +77,7 @@ fn freeze_if_old(tx: &Tx<'_>, id: &JobId, status: &JobStatus) -> Result<(), Refu
 /// The node's answer to STATUS. What it charged never goes down, whatever order answers come in.
 pub fn heard_status(tx: &Tx<'_>, id: &JobId, status: &JobStatus) -> Result<(), Refusal> {
     use onde_wire::machine::Stage::{Ended, Purged, Stopped};
-    let ended_at = matches!(status.stage, Ended | Stopped | Purged).then(unix_s);
+    let ended_at = matches!(status.stage, Ended | Stopped | Purged).then(|| tx.unix_s());
     freeze_if_old(tx, id, status)?;
     note_sample(tx, id, status)?;
     let spent = i64::try_from(status.spent_micro).unwrap_or(i64::MAX);

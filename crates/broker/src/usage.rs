@@ -3,7 +3,6 @@
 
 use crate::Broker;
 use crate::jobs;
-use crate::ledger::unix_s;
 use crate::refusal::Refusal;
 use crate::store::{Row, StoreError, Tx, params};
 use ed25519_dalek::{Signer, SigningKey};
@@ -12,12 +11,12 @@ use onde_client::receipt::RECEIPT_VERSION;
 use onde_wire::packet::JobStatus;
 use onde_wire::token::JobId;
 
-/// How long all samples are kept: a day of a thousand jobs is some 4 GB.
+/// How long all samples are kept: a day of a thousand jobs is some 8 GB.
 const FINE_AGE_MAX_S: u64 = 24 * 3600;
 /// How long one sample a minute is kept.
 const COARSE_AGE_MAX_S: u64 = 90 * 24 * 3600;
-/// Seconds of each minute whose samples stay: nodes are asked every two seconds.
-const KEPT_OF_MINUTE_S: u64 = 3;
+/// Seconds of each minute whose samples stay: nodes are asked every second.
+const KEPT_OF_MINUTE_S: u64 = 2;
 
 /// Writes down what the node charges, for good.
 pub fn note_prices(
@@ -40,7 +39,7 @@ pub fn note_sample(tx: &Tx<'_>, job: &JobId, status: &JobStatus) -> Result<(), S
         params![
             job,
             status.age_ms,
-            unix_s(),
+            tx.unix_s(),
             status.spent_micro,
             status.last_index,
             status.cpu_us,
@@ -54,7 +53,7 @@ pub fn note_sample(tx: &Tx<'_>, job: &JobId, status: &JobStatus) -> Result<(), S
 
 /// Forgets samples that are too old to be asked for second by second, or at all.
 pub fn prune(tx: &Tx<'_>) -> Result<(), StoreError> {
-    let before = |age_s| unix_s().saturating_sub(age_s);
+    let before = |age_s| tx.unix_s().saturating_sub(age_s);
     tx.execute(
         "DELETE FROM samples WHERE at < ?1 AND (at < ?2 OR at % 60 >= ?3)",
         params![before(FINE_AGE_MAX_S), before(COARSE_AGE_MAX_S), KEPT_OF_MINUTE_S],

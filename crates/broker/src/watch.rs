@@ -3,7 +3,7 @@
 
 use crate::Broker;
 use crate::jobs::{self, JobRow};
-use crate::ledger::{note, unix_s};
+use crate::ledger::note;
 use crate::nodes::Change;
 use crate::refusal::Refusal;
 use crate::settle::{heard_gone, heard_status, settle_lost};
@@ -137,7 +137,8 @@ impl Broker {
         let nodes = self.nodes();
         let seen = nodes.get(&job.node_id).filter(|seen| seen.is_alive(now))?;
         let is_same_life = seen.hello.incarnation == job.incarnation;
-        let is_over = job.ended_at.is_some_and(|at| unix_s() >= at + REDEEM_GRACE_S);
+        let is_over =
+            job.ended_at.is_some_and(|at| self.ledger.store().unix_s() >= at + REDEEM_GRACE_S);
         is_same_life.then(|| Ask {
             job: job.id,
             node: job.node_id,

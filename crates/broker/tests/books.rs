@@ -41,24 +41,6 @@ fn check(dir: &Dir, tamper: &str, expect: Option<i64>) {
     }
 }
 
-/// Runs SQL without the guards that a broker's own connection is under.
-fn tampered(place: &str, sql: &str) {
-    if ON_POSTGRES {
-        let mut client = postgres::Client::connect(place, postgres::NoTls).expect("the server");
-        // As an owner of the database who wants to cheat would.
-        client
-            .batch_execute(&format!("SET session_replication_role = replica; {sql}"))
-            .expect("SQL");
-    } else {
-        let file = rusqlite::Connection::open(place).expect("the file");
-        let names = "SELECT 'DROP TRIGGER ' || name FROM sqlite_master WHERE type = 'trigger'";
-        let mut query = file.prepare(names).expect("a query");
-        let drops = query.query_map([], |row| row.get::<_, String>(0)).expect("rows");
-        drops.for_each(|drop| file.execute_batch(&drop.expect("text")).expect("dropped"));
-        file.execute_batch(&format!("PRAGMA foreign_keys = off; {sql}")).expect("SQL");
-    }
-}
-
 #[test]
 fn the_audit_names_the_first_bad_act() {
     for (tamper, expect) in [

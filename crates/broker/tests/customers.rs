@@ -92,6 +92,15 @@ fn keys_do_what_they_are_for_until_they_end() {
     assert_eq!(reader.balance(), 100 * TOKEN);
     assert_eq!(status(&reader, "/v1/jobs", Some(&buy)), 403);
 
+    let gauge = Caller::new(&operator.url, &key(Scope::Metrics, None).key);
+    assert!(gauge.ask("get", "/metrics", None).2.contains("store_seconds_bucket"));
+    for (path, body) in [("/v1/account", None), ("/v1/nodes", None), ("/v1/jobs", Some(&*buy))] {
+        assert_eq!(status(&gauge, path, body), 403, "{path}");
+    }
+    for caller in [&reader, &customer] {
+        assert_eq!(status(caller, "/metrics", None), 403);
+    }
+
     let second = key(Scope::Customer, Some(3600));
     let caller = Caller::new(&operator.url, &second.key);
     assert_eq!(status(&caller, "/v1/jobs", Some(&buy)), 200);

@@ -2,7 +2,7 @@
 //! same ledger, and checks that the books balance to the micro-token. Customers repeat what got no answer, under
 //! the same idempotency key. This file is its own broker process: the test starts itself with `--broker DIR`.
 
-mod stage;
+pub(crate) mod stage;
 
 use onde_broker::audit::audit;
 use onde_broker::ledger::Ledger;
@@ -30,9 +30,12 @@ pub fn main() {
     }
 }
 
-/// A broker whose one node has room for everything.
 fn run_broker(dir: &Path) {
-    let broker = broker(dir, Instant::now());
+    serve_until_killed(&broker(dir, Instant::now()));
+}
+
+/// Serves a broker whose one node has room for everything; says where on standard output.
+pub fn serve_until_killed(broker: &std::sync::Arc<onde_broker::Broker>) {
     println!("{}", serve(broker.clone()));
     let big =
         onde_wire::packet::Hello { mem_mib_free: u32::MAX, slots_free: u16::MAX, ..hello(1, 1) };
@@ -43,7 +46,7 @@ fn run_broker(dir: &Path) {
     });
     let (_stop, stopped) = channel::<()>();
     loop {
-        hear(&broker, big, Instant::now());
+        hear(broker, big, Instant::now());
         let _ = stopped.recv_timeout(Duration::from_secs(1));
     }
 }
@@ -52,7 +55,8 @@ fn random() -> u32 {
     getrandom::u32().expect("random")
 }
 
-fn start(dir: &Path) -> (Child, String) {
+/// Starts this program as a broker; its process and where it serves.
+pub fn start(dir: &Path) -> (Child, String) {
     let mut child = Command::new(std::env::current_exe().expect("this file"))
         .arg("--broker")
         .arg(dir)

@@ -22,7 +22,7 @@
 //! | POST /v1/webhook [`PaidRequest`] (signed, no key) | [`Credited`] |
 //! | POST /v1/accounts/{name}/credit [`CreditRequest`] (operator) | [`Credited`] |
 //! | GET /v1/events ?before=ID&limit=N (operator) | [`EventList`] |
-//! | GET /metrics (operator) | figures for Prometheus |
+//! | GET /metrics (operator, or a key for it) | figures for Prometheus |
 //! | GET /healthz, /readyz, /openapi.json (no key) | |
 
 use serde::de::Error as _;
@@ -428,6 +428,8 @@ pub enum Scope {
     Customer,
     /// Reading: what the account has, and its jobs.
     Reader,
+    /// The broker's figures (GET /metrics), and nothing else.
+    Metrics,
 }
 
 /// Issues a key (operator).

@@ -433,6 +433,9 @@ pub enum Account {
         /// It can look, and neither buy nor stop
         #[arg(long)]
         read_only: bool,
+        /// It reads the broker's figures (GET /metrics), and nothing else
+        #[arg(long, conflicts_with = "read_only")]
+        metrics: bool,
         /// It ends after so many days [default: never]
         #[arg(long, value_name = "N")]
         #[arg(value_parser = clap::value_parser!(u64).range(1..=3650))]
@@ -530,6 +533,8 @@ mod tests {
         check("onde node run --interface eth0 --cluster c", true);
         check("onde account use K --broker https://b:1 --pin sha256:00 --context prod", true);
         check("onde account key a --read-only --days 30", true);
+        check("onde account key a --metrics", true);
+        check("onde account key a --metrics --read-only", false);
         check("onde usage a1 --csv", true);
         check("onde usage a1 --csv --json", false);
         check("onde receipt verify f --key ed25519:00", true);

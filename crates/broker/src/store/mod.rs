@@ -20,10 +20,11 @@ pub use error::StoreError;
 pub(crate) use value::params;
 pub use value::{FromValue, Row, ToValue, Value};
 
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
 use std::cell::RefCell;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How often an act is tried when the store says that trying again may help.
 const TRIES_MAX: u32 = 9;
@@ -33,6 +34,30 @@ const PAUSE_MIN: Duration = Duration::from_millis(20);
 /// A store's place as it may be shown: without the password that a URL can have.
 pub fn shown(place: &str) -> &str {
     place.rsplit_once('@').map_or(place, |(_, behind)| behind)
+}
+
+/// Tells the seconds since 1970, for people who read the journal. Little is decided by it: the age of what is pruned, the
+/// end of keys, prices by the time of day. It may jump.
+pub type Clock = Box<dyn Fn() -> u64 + Send + Sync>;
+
+/// This machine's.
+fn unix_s() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
+}
+
+/// How long acts took, from the first try to the end of the last: from 0.1 ms to 13 s.
+pub struct Latency {
+    /// Of those that only read.
+    pub read: Histogram,
+    /// Of those that may write.
+    pub write: Histogram,
+}
+
+impl Default for Latency {
+    fn default() -> Self {
+        let new = || Histogram::new(exponential_buckets(0.0001, 2.0, 18));
+        Self { read: new(), write: new() }
+    }
 }
 
 /// What a transaction may do.
@@ -80,13 +105,18 @@ impl Faults {
 /// An open transaction. Statements are written as SQLite has them, with parameters `?1`, `?2`, ...
 pub struct Tx<'a> {
     session: RefCell<&'a mut dyn Session>,
-    faults: &'a Faults,
+    store: &'a Store,
 }
 
 impl Tx<'_> {
+    /// Seconds since 1970.
+    pub fn unix_s(&self) -> u64 {
+        self.store.unix_s()
+    }
+
     /// Runs a statement; gives the number of rows it changed.
     pub fn execute(&self, sql: &str, params: &[Value]) -> Result<u64, StoreError> {
-        self.faults.step();
+        self.store.faults.step();
         self.session.borrow_mut().execute(sql, params)
     }
 
@@ -97,7 +127,7 @@ impl Tx<'_> {
         params: &[Value],
         read: impl Fn(&Row) -> Result<T, StoreError>,
     ) -> Result<Vec<T>, StoreError> {
-        self.faults.step();
+        self.store.faults.step();
         let rows = self.session.borrow_mut().query(sql, params)?;
         rows.iter().map(read).collect()
     }
@@ -122,7 +152,7 @@ impl Tx<'_> {
     }
 
     fn batch(&self, sql: &str) -> Result<(), StoreError> {
-        self.faults.step();
+        self.store.faults.step();
         self.session.borrow_mut().batch(sql)
     }
 }
@@ -137,6 +167,8 @@ enum Kind {
 pub struct Store {
     kind: Kind,
     faults: Faults,
+    clock: Clock,
+    latency: Latency,
 }
 
 impl Store {
@@ -147,7 +179,8 @@ impl Store {
             true => Kind::Postgres(Box::new(postgres::Pool::new(place)?)),
             false => Kind::Sqlite(sqlite::File::open(Path::new(place))?),
         };
-        let store = Self { kind, faults: Faults::default() };
+        let (faults, latency, clock) = (Faults::default(), Latency::default(), Box::new(unix_s));
+        let store = Self { kind, faults, clock, latency };
         store.act(Access::Write, &mut migrate::run)?;
         Ok(store)
     }
@@ -168,12 +201,42 @@ impl Store {
         self.act(Access::Read, &mut act)
     }
 
+    /// The same with another clock.
+    pub fn with_clock(self, clock: Clock) -> Self {
+        Self { clock, ..self }
+    }
+
+    /// Seconds since 1970.
+    pub fn unix_s(&self) -> u64 {
+        (self.clock)()
+    }
+
+    /// How long acts take.
+    pub fn latency(&self) -> &Latency {
+        &self.latency
+    }
+
     /// For tests of what survives: the process dies at the `step`-th statement or commit from now on.
     pub fn die_at(&self, step: u64) {
         self.faults.0.store(step, Ordering::Relaxed);
     }
 
     fn act<T, E: From<StoreError> + AsStoreError>(
+        &self,
+        access: Access,
+        act: &mut dyn FnMut(&Tx<'_>) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let begun = Instant::now();
+        let done = self.insist(access, act);
+        let took = match access {
+            Access::Read => &self.latency.read,
+            Access::Write => &self.latency.write,
+        };
+        took.observe(begun.elapsed().as_secs_f64());
+        done
+    }
+
+    fn insist<T, E: From<StoreError> + AsStoreError>(
         &self,
         access: Access,
         act: &mut dyn FnMut(&Tx<'_>) -> Result<T, E>,
@@ -199,8 +262,8 @@ impl Store {
         act: &mut dyn FnMut(&Tx<'_>) -> Result<T, E>,
     ) -> Result<T, E> {
         match &self.kind {
-            Kind::Sqlite(file) => transact(&mut *file.session(), &self.faults, access, act),
-            Kind::Postgres(pool) => transact(&mut *pool.session()?, &self.faults, access, act),
+            Kind::Sqlite(file) => transact(&mut *file.session(), self, access, act),
+            Kind::Postgres(pool) => transact(&mut *pool.session()?, self, access, act),
         }
     }
 }
@@ -230,17 +293,17 @@ impl Drop for Open<'_> {
 
 fn transact<T, E: From<StoreError>>(
     session: &mut dyn Session,
-    faults: &Faults,
+    store: &Store,
     access: Access,
     act: &mut dyn FnMut(&Tx<'_>) -> Result<T, E>,
 ) -> Result<T, E> {
-    faults.step();
+    store.faults.step();
     let mut open = Open(session, true);
     open.0.begin(access)?;
-    let done = act(&Tx { session: RefCell::new(&mut *open.0), faults })?;
-    faults.step();
+    let done = act(&Tx { session: RefCell::new(&mut *open.0), store })?;
+    store.faults.step();
     open.0.commit()?;
     open.1 = false;
-    faults.step();
+    store.faults.step();
     Ok(done)
 }

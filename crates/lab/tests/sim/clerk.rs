@@ -34,7 +34,6 @@ pub struct Clerk {
     pub broker: Option<Broker>,
     waiting: HashMap<u64, (u32, Asked)>,
     heard: Vec<Heard>,
-    rounds: u64,
     after: i64,
 }
 
@@ -46,7 +45,6 @@ impl Clerk {
             broker: None,
             waiting: HashMap::new(),
             heard: Vec::new(),
-            rounds: 0,
             after: 0,
         };
         clerk.start(now_ms);
@@ -83,19 +81,15 @@ impl Clerk {
             self.waiting.insert(nonce, (number, Asked::Hello));
             out.push((number, Request::Hello.emit(nonce, &[0; 16], &Key::new(&[0; 32]))));
         }
-        self.rounds += 1;
-        if self.rounds.is_multiple_of(2) {
-            let (asks, after) = broker.asks(self.after, now).expect("the ledger works");
-            self.after = after;
-            for ask in asks {
-                let key = Party::Owner.key(&broker.node_key(&ask.node), &ask.job);
-                let nonce = random.next();
-                let request =
-                    if ask.op == Op::Stop { Request::Stop(false) } else { Request::Status };
-                let number = u32::from(ask.ipv4.octets()[2]);
-                out.push((number, request.emit_as(Party::Owner, nonce, &ask.job, &key)));
-                self.waiting.insert(nonce, (number, Asked::Job(ask)));
-            }
+        let (asks, after) = broker.asks(self.after, now).expect("the ledger works");
+        self.after = after;
+        for ask in asks {
+            let key = Party::Owner.key(&broker.node_key(&ask.node), &ask.job);
+            let nonce = random.next();
+            let request = if ask.op == Op::Stop { Request::Stop(false) } else { Request::Status };
+            let number = u32::from(ask.ipv4.octets()[2]);
+            out.push((number, request.emit_as(Party::Owner, nonce, &ask.job, &key)));
+            self.waiting.insert(nonce, (number, Asked::Job(ask)));
         }
         out
     }

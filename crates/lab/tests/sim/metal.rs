@@ -330,8 +330,17 @@ impl Metal {
         let nonce = u64::from_le_bytes(packet[8..16].try_into().expect("8 bytes"));
         let party = if cookie[2] == Party::Owner as u8 { Party::Owner } else { Party::Customer };
         let key = party.key(&self.key, &job);
-        let all = [Op::Boot, Op::Pay, Op::Status, Op::Console, Op::Stop, Op::Renew];
-        let op = all.into_iter().find(|op| *op as u8 == cookie[1]).expect("a request's op");
+        let known = [
+            Op::Boot,
+            Op::Pay,
+            Op::Status,
+            Op::Console,
+            Op::Stop,
+            Op::Suspend,
+            Op::Wake,
+            Op::Renew,
+        ];
+        let op = known.into_iter().find(|op| *op as u8 == cookie[1]).expect("a request's op");
         let reply = Reply::parse(packet, op, nonce, Some(&key)).expect("a reply with a right tag");
         checks.reply((self.number, self.life), &job, &reply);
     }

@@ -28,8 +28,12 @@ pub fn run(context: Option<&str>, account: Account, report: &Report) -> Result<(
             report.line(&format!("opened account {}; this key is shown once:", opened.name));
             print(&format!("{}\n", opened.key))
         }
-        Account::Key { name, read_only, days, operator } => {
-            let scope = if read_only { Scope::Reader } else { Scope::Customer };
+        Account::Key { name, read_only, metrics, days, operator } => {
+            let scope = match (read_only, metrics) {
+                (true, _) => Scope::Reader,
+                (_, true) => Scope::Metrics,
+                _ => Scope::Customer,
+            };
             let request = KeyRequest { scope, expires_in_s: days.map(|days| days * 86_400) };
             let opened = broker(context, &operator)?.new_account_key(&name, &request)?;
             let id = opened.id;

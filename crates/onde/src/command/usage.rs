@@ -10,7 +10,7 @@ use crate::table::{cost, render};
 
 /// Columns of the CSV, for spreadsheets and scripts.
 const COLUMNS: &str = "at,age_ms,node,cpu_us,mem_mib_ms,sent_bytes,disk_mib_ms,vcpu_micro,mem_micro,sent_micro,\
-    disk_micro,charged_micro,spent_micro,token\n";
+    disk_micro,charged_micro,spent_micro,first_token,last_token\n";
 
 pub fn run(job: &str, csv: bool, json: bool) -> Result<()> {
     let (cluster, job) = Cluster::open_for(job)?;
@@ -39,7 +39,7 @@ fn charges(prices: Option<Prices>, sample: &Sample) -> [u64; 4] {
     ]
 }
 
-/// One line for each look: meters as they stood, charges since the look before, the token that was being used.
+/// One line for each look: meters as they stood, charges since the look before, the tokens that these used.
 fn as_csv(usage: &Usage) -> String {
     let mut out = COLUMNS.to_owned();
     let (mut before, mut spent) = ([0; 4], 0);
@@ -50,10 +50,12 @@ fn as_csv(usage: &Usage) -> String {
         let Sample { at, age_ms, cpu_us, mem_mib_ms, sent_bytes, disk_mib_ms, spent_micro, .. } =
             *sample;
         let (node, charged) = (usage.node, spent_micro.saturating_sub(spent));
-        let token = spent_micro.div_ceil(usage.value_micro);
+        // A token that two lines share is used by both.
+        let first = (spent / usage.value_micro + 1).min(spent_micro.div_ceil(usage.value_micro));
+        let last = spent_micro.div_ceil(usage.value_micro);
         out.push_str(&format!(
             "{at},{age_ms},{node},{cpu_us},{mem_mib_ms},{sent_bytes},{disk_mib_ms},{vcpu},{mem},{sent},{disk},\
-             {charged},{spent_micro},{token}\n"
+             {charged},{spent_micro},{first},{last}\n"
         ));
         (before, spent) = (now, spent_micro);
     }
@@ -115,7 +117,11 @@ mod tests {
         let parts = (7..11).map(sum).collect::<Vec<_>>();
         assert_eq!(parts, charges(prices, &last));
         assert_eq!((parts.iter().sum::<u64>(), sum(11)), (last.spent_micro, last.spent_micro));
-        assert_eq!(lines[49][13], last.spent_micro.div_ceil(10));
+        assert_eq!((lines[0][13], lines[49][14]), (1, last.spent_micro.div_ceil(10)));
+        for pair in lines.windows(2) {
+            let (end, start) = (pair[0][14], pair[1][13]);
+            assert!(start == end || start == end + 1, "tokens are used one after the other");
+        }
         assert!(as_table(&usage).contains("processor  33.0 s"), "{}", as_table(&usage));
     }
 }

@@ -1,0 +1,4 @@
+//! The tests of `commands.rs` over PostgreSQL.
+
+#[path = "commands.rs"]
+mod commands;
