@@ -48,6 +48,12 @@ impl Door {
         Ok(Inside { door: self.clone(), number })
     }
 
+    /// This machine moved: it is another job's now, and whoever is in stays.
+    pub fn move_to(&self, job: JobId, key: &[u8; 32]) {
+        let mut state = self.lock();
+        (state.job, state.key) = (job, Key::new(key));
+    }
+
     /// From now on this is another job's machine: all connections end.
     pub fn renew(&self, job: JobId, key: &[u8; 32]) {
         let mut state = self.lock();

@@ -25,7 +25,7 @@ use crate::guest::power_off;
 use crate::hooks;
 use crate::machine::{Devices, Machine};
 use crate::session::Guest;
-use crate::snapshot::{self, Failed, Outcome, Sink};
+use crate::snapshot::{self, Failed, Outcome, Role, Sink};
 use crate::target::{self, Piece, Target};
 
 /// Packed records that may wait for each VM: with 128 KiB each, a megabyte.
@@ -66,9 +66,19 @@ impl<'a> Copying<'a> {
         &self.shape
     }
 
+    /// The machine that is copied, from inside.
+    pub fn machine(&mut self) -> &mut Devices {
+        &mut self.machine
+    }
+
+    /// Copies the machine to go on elsewhere: it stays as it is at that moment ([`snapshot::undo`]).
+    pub fn take_to_move(&mut self, sink: &mut impl Sink) -> Result<Outcome, Failed> {
+        snapshot::take(&mut self.machine, &self.shape, sink, Role::Moved)
+    }
+
     /// Copies the machine. `None` in the copy, which is itself now, its programs still stopped ([`crate::copied`]).
     pub fn take(mut self, sink: &mut impl Sink) -> Result<Option<(Taken, Vec<u8>)>, Failed> {
-        match snapshot::take(&mut self.machine, &self.shape, sink)? {
+        match snapshot::take(&mut self.machine, &self.shape, sink, Role::Forked)? {
             Outcome::Source(taken, state) => return Ok(Some((taken, state))),
             Outcome::Copy => {}
         }

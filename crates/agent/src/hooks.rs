@@ -14,6 +14,8 @@ use crate::start;
 pub const PRE_FREEZE: &str = "/etc/onde/pre-freeze.d";
 /// In a copy whose source goes on, once it is itself, before its programs go on.
 pub const FORKED: &str = "/etc/onde/forked.d";
+/// In a machine that moved, while its programs go on.
+pub const MOVED: &str = "/etc/onde/moved.d";
 /// Most of them in a folder.
 const HOOKS_MAX: usize = 32;
 /// All of a folder together: a copy that waits costs money.

@@ -6,6 +6,7 @@
 //! nobody ever asks, the VM lives until its balance is gone.
 #![forbid(unsafe_code)]
 
+mod by_itself;
 mod children;
 mod connections;
 mod copied;
@@ -17,6 +18,7 @@ mod guest;
 mod hooks;
 mod input;
 mod machine;
+mod moving;
 mod network;
 mod pocket;
 mod program;
@@ -38,8 +40,16 @@ use children::Children;
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
+        let args: Vec<_> = std::env::args().skip(1).collect();
+        if let [verb, option, ticket] = &args[..]
+            && (&verb[..], &option[..]) == ("migrate", "--token")
+        {
+            return by_itself::run(ticket);
+        }
         eprintln!("onde-agent: this is /init of a packed guest");
-        eprintln!("hint: onde run packs it and starts it");
+        eprintln!(
+            "hint: onde run packs it and starts it; inside, onde-agent migrate --token TICKET moves the VM"
+        );
         return ExitCode::from(2);
     }
     // A panic is a bug of ours: the guest ends where the customer sees it, instead of burning tokens.

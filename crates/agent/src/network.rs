@@ -8,6 +8,7 @@ use onde_wire::machine::Identity;
 use std::ffi::CStr;
 use std::net::Ipv4Addr;
 use std::path::Path;
+use std::{fs, io};
 
 const LOOPBACK: &CStr = c"lo";
 /// The kernel names Ethernet devices in the order it finds them, and there is one.
@@ -60,6 +61,26 @@ pub fn take_over(identity: &Identity) -> Result<()> {
     let links = Links::open().context("cannot set up the network")?;
     links.set_mac(DEVICE, identity.mac).context("cannot give eth0 its MAC")?;
     bring_up(identity)
+}
+
+/// How long the kernel believes in a neighbour's address: milliseconds, then seconds before it asks again.
+const NEIGHBOURS: [(&str, &str, &str); 2] = [
+    ("/proc/sys/net/ipv4/neigh/eth0/base_reachable_time_ms", "30000", "86400000"),
+    ("/proc/sys/net/ipv4/neigh/eth0/delay_first_probe_time", "5", "86400"),
+];
+
+/// Whether neighbours' addresses are held on to, for a day: no ARP leaves a frozen machine.
+pub fn hold_neighbours(on: bool) -> io::Result<()> {
+    NEIGHBOURS
+        .iter()
+        .try_for_each(|(path, usual, held)| fs::write(path, if on { held } else { usual }))
+}
+
+/// Tells the network that this machine is here now, by a gratuitous ARP (`arp_notify`), and forgets all neighbours,
+/// which may be found elsewhere from here.
+pub fn announce(identity: &Identity) -> Result<()> {
+    let links = Links::open().context("cannot set up the network")?;
+    links.set_mac(DEVICE, identity.mac).context("cannot announce eth0")
 }
 
 /// Writes a file unless the customer packed one.

@@ -17,6 +17,7 @@ use crate::copied::Copied;
 use crate::door::Door;
 use crate::fork::{self, Copying};
 use crate::guest::set_clock;
+use crate::moving;
 use crate::pocket::Pocket;
 use crate::program::{Cursor, Joined, Program, Step};
 use crate::snapshot::{Failed, Sink};
@@ -80,6 +81,7 @@ pub fn serve<T>(guest: &Guest, channel: Channel, stranger: T) -> io::Result<()> 
     match frame {
         ClientFrame::Snapshot => return snapshot(guest, &mut writer),
         ClientFrame::Fork(tickets) => return fork(guest, &mut writer, tickets),
+        ClientFrame::Migrate(ticket) => return migrate(guest, &mut writer, ticket),
         ClientFrame::Release => return release(guest, &mut writer),
         ClientFrame::Clock(unix_us) => return set_clock(unix_us),
         ClientFrame::Purse(purse) => {
@@ -135,7 +137,7 @@ fn open(guest: &Guest, frame: ClientFrame<'_>) -> Result<Session, End> {
             let joined = program.join(EXEC_CLIENT, 0, true);
             Ok(Session { program, joined, is_owner: true })
         }
-        _ => Err(protocol("a session begins with ATTACH, EXEC, SNAPSHOT or FORK")),
+        _ => Err(protocol("a session begins with ATTACH, EXEC, SNAPSHOT, FORK or MIGRATE")),
     }
 }
 
@@ -218,6 +220,7 @@ impl Session {
             | ClientFrame::Detach
             | ClientFrame::Snapshot
             | ClientFrame::Fork(_)
+            | ClientFrame::Migrate(_)
             | ClientFrame::Release
             | ClientFrame::Clock(_)
             | ClientFrame::Purse(_) => return None,
@@ -262,6 +265,20 @@ fn fork(guest: &Guest, writer: &mut FrameWriter<Writer>, tickets: &[u8]) -> io::
         Ok(None) => {
             guest.copied.hold(&guest.children);
             Ok(())
+        }
+        Err(Failed::Sink(error)) => Err(error),
+        Err(Failed::Machine(text)) => refuse(writer, &End(Refusal::Guest, text)),
+    }
+}
+
+/// Moves this machine. Only the copy gets to say so; the source says why it goes on.
+fn migrate(guest: &Guest, writer: &mut FrameWriter<Writer>, ticket: &[u8]) -> io::Result<()> {
+    match moving::run(guest, writer, ticket) {
+        Ok(()) => {
+            // Heard or not: the machine has moved.
+            let told = writer.agent(&AgentFrame::Moved).and_then(|()| writer.flush());
+            moving::settle_in(guest);
+            told
         }
         Err(Failed::Sink(error)) => Err(error),
         Err(Failed::Machine(text)) => refuse(writer, &End(Refusal::Guest, text)),

@@ -10,6 +10,7 @@
 
 use onde_wire::machine::control::{
     REG_ABORT, REG_FREEZE, REG_HARVEST, REG_TRACK, RESULT_OK, RESULT_TOO_MANY, ROLE_FORKED,
+    ROLE_MOVED,
 };
 use onde_wire::machine::{
     BITMAP_START, FROZEN_PAGES_MAX, FROZEN_START, Frozen, MIRROR_START, PAGE_SIZE, RAM_HIGH_START,
@@ -39,6 +40,8 @@ pub trait Sink {
     fn round(&mut self, round: Round) -> io::Result<()>;
     /// Takes memory from `address` on, whole pages.
     fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Says that the machine is about to be frozen: nothing else leaves it from here on.
+    fn freezing(&mut self) {}
 }
 
 /// In which machine [`take`] returned.
@@ -69,21 +72,53 @@ fn machine_failed(error: io::Error) -> Failed {
     Failed::Machine(format!("the guest cannot read its own memory: {error}"))
 }
 
+fn programs_run(error: io::Error) -> Failed {
+    Failed::Machine(format!("the guest's programs do not stand still: {error}"))
+}
+
+/// What the copy is to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// Another machine: this one goes on at once.
+    Forked,
+    /// This machine: it stays frozen and its programs stopped, until [`undo`] or COMMIT.
+    Moved,
+}
+
 /// Copies `machine`, which is `start`, to `sink`.
 pub fn take<M: Machine>(
     machine: &mut M,
     start: &Start,
     sink: &mut impl Sink,
+    role: Role,
 ) -> Result<Outcome, Failed> {
     match machine.command(REG_TRACK, 1) {
         RESULT_OK => {}
         result => return Err(refused("track its memory", result)),
     }
-    let mut copy = Copy { machine, sink, start, buffer: Vec::new(), round: 0 };
+    let mut copy =
+        Copy { machine, sink, start, role, buffer: Vec::new(), round: 0, is_frozen: false };
     let result = copy.all().and_then(|()| copy.until_few()).and_then(|()| copy.freeze());
-    // Nothing to be done about a machine that refuses this.
-    copy.machine.command(REG_TRACK, 0);
+    match (copy.is_frozen, &result) {
+        (true, Ok(_)) => {}
+        (true, Err(_)) => undo(copy.machine),
+        // Nothing to be done about a machine that refuses this.
+        (false, _) => {
+            copy.machine.command(REG_TRACK, 0);
+            if role == Role::Moved && result.is_err() {
+                copy.machine.start_programs();
+            }
+        }
+    }
     result
+}
+
+/// Goes on as if nothing had been copied.
+pub fn undo(machine: &mut impl Machine) {
+    // Nothing to be done about a machine that refuses these.
+    machine.command(REG_ABORT, 1);
+    machine.command(REG_TRACK, 0);
+    machine.start_programs();
 }
 
 fn refused(what: &str, result: u32) -> Failed {
@@ -95,8 +130,11 @@ struct Copy<'a, M, S> {
     machine: &'a mut M,
     sink: &'a mut S,
     start: &'a Start,
+    role: Role,
     buffer: Vec<u8>,
     round: u32,
+    /// Whether this machine stays frozen.
+    is_frozen: bool,
 }
 
 impl<M: Machine, S: Sink> Copy<'_, M, S> {
@@ -142,6 +180,10 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             if pages <= FEW || (stuck >= PATIENCE && pages <= MANY) {
                 return Ok(());
             }
+            if stuck >= PATIENCE && self.role == Role::Moved {
+                // A longer pause, but an end: nothing but the kernel writes any more.
+                self.machine.stop_programs().map_err(programs_run)?;
+            }
             if stuck >= 2 * PATIENCE {
                 break;
             }
@@ -182,21 +224,29 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         self.machine.read(FROZEN_START, &mut [0; 8]).map_err(machine_failed)?;
         while self.round < ROUNDS_MAX {
             let begun = Instant::now();
-            self.machine.stop_programs().map_err(|error| {
-                Failed::Machine(format!("the guest's programs do not stand still: {error}"))
-            })?;
-            let result = self.machine.command(REG_FREEZE, ROLE_FORKED);
+            self.machine.stop_programs().map_err(programs_run)?;
+            self.sink.freezing();
+            let role = match self.role {
+                Role::Forked => ROLE_FORKED,
+                Role::Moved => ROLE_MOVED,
+            };
+            let result = self.machine.command(REG_FREEZE, role);
             // A copy of a copy has its source's role too; only the job tells them apart.
             let identity = self.machine.identity().map_err(machine_failed);
             if identity.as_ref().is_ok_and(|identity| identity.job != self.start.job) {
                 return Ok(Outcome::Copy);
             }
-            self.machine.start_programs();
+            if self.role == Role::Forked || result != RESULT_OK {
+                self.machine.start_programs();
+            }
             let pause_us = begun.elapsed().as_micros() as u64;
             match result {
                 RESULT_OK => {
+                    self.is_frozen = self.role == Role::Moved;
                     let saved = self.saved();
-                    self.machine.command(REG_ABORT, 1);
+                    if !self.is_frozen {
+                        self.machine.command(REG_ABORT, 1);
+                    }
                     identity?;
                     return self.finish(saved?, pause_us);
                 }

@@ -1,7 +1,7 @@
 //! The way into a new VM: connect to mstrap, upload the loader, send the stream, hear that it was good. `onde`
 //! calls this after BOOT. It waits for mstrap to listen, and never longer than its deadlines.
 
-use crate::channel::{Channel, ChannelError, Writer};
+use crate::channel::{Channel, ChannelError, Reader, Writer};
 use crate::layout::Layout;
 use crate::node::Handle;
 use crate::stream::{Progress, write_cold};
@@ -136,6 +136,11 @@ impl Vacant {
     /// Where the stream goes.
     pub fn writer(&mut self) -> &mut Writer {
         &mut self.channel.writer
+    }
+
+    /// What the loader says once it has the stream: a [`Report`].
+    pub fn reader(&mut self) -> &mut Reader {
+        &mut self.channel.reader
     }
 
     /// Hears what the loader says of the stream, `sent` being how writing it went. On success the guest is about to run.

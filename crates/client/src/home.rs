@@ -128,6 +128,11 @@ impl<E: Exchange, S: Shop> Home<E, S> {
         Self { echo, shop, jobs, id: job.id.0, born: Instant::now(), judge }
     }
 
+    /// The job that is paid for, as its file has it: another one after the VM moved.
+    pub fn job(&self) -> Result<Job, JobsError> {
+        self.jobs.get(&self.id)
+    }
+
     /// Looks how the VM stands, and buys and releases where it needs it, `has_progress`, and node and budget allow.
     pub fn step(&mut self, has_progress: bool) -> Result<Standing, HomeError> {
         self.step_at(self.born.elapsed(), has_progress)
@@ -135,12 +140,18 @@ impl<E: Exchange, S: Shop> Home<E, S> {
 
     /// The same at `now`, on a clock that begins anywhere and never jumps.
     pub fn step_at(&mut self, now: Duration, has_progress: bool) -> Result<Standing, HomeError> {
-        let _turn = self.jobs.turn(&self.id)?;
+        self.follow()?;
+        let turn = self.jobs.turn(&self.id)?;
         let mut job = self.jobs.get(&self.id)?;
         if job.settled.is_some() {
             return Ok(Standing::Settled);
         }
         let status = job.handle().status(&mut self.echo, POLICY)?;
+        // The old VM ends when the new one lives.
+        if !status.stage.is_alive() && self.follow()? {
+            drop(turn);
+            return self.step_at(now, has_progress);
+        }
         if !status.stage.is_alive() && status.stage != Stage::Suspended {
             return Ok(Standing::Over(status));
         }
@@ -160,6 +171,16 @@ impl<E: Exchange, S: Shop> Home<E, S> {
             return Ok(Standing::Withheld(status));
         }
         self.act(&deal, status)
+    }
+
+    /// Where the VM has moved, its new job is paid for from now on. Whether it has.
+    fn follow(&mut self) -> Result<bool, HomeError> {
+        let current = self.jobs.current(&self.id)?;
+        let has_moved = std::mem::replace(&mut self.id, current.id.0) != current.id.0;
+        if has_moved {
+            self.judge = (current.node, Judge::default());
+        }
+        Ok(has_moved)
     }
 
     fn act(&mut self, deal: &Deal, mut status: JobStatus) -> Result<Standing, HomeError> {

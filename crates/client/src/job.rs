@@ -128,6 +128,12 @@ pub struct Job {
     pub renewals: Vec<Renewal>,
     /// How it ended.
     pub settled: Option<Settled>,
+    /// The job whose VM moves here, or moved here.
+    #[serde(default)]
+    pub moves: Option<Hex<16>>,
+    /// The job that its VM moved to.
+    #[serde(default)]
+    pub moved_to: Option<Hex<16>>,
 }
 
 impl Job {
@@ -164,6 +170,8 @@ impl Job {
             payments: Vec::new(),
             renewals: Vec::new(),
             settled: None,
+            moves: None,
+            moved_to: None,
         }
     }
 
@@ -364,8 +372,36 @@ impl Jobs {
         Ok(jobs)
     }
 
-    /// The job with this name, or whose id starts so. Of several with the name, the open one or else the newest.
+    /// The job with this name, or whose id starts so, or the one that it moved to. Of several with the name, the open
+    /// one or else the newest.
     pub fn find(&self, text: &str) -> Result<Job, JobsError> {
+        self.find_own(text).and_then(|job| self.current(&job.id.0))
+    }
+
+    /// The job that this one's VM has moved to by now: itself, where it did not.
+    pub fn current(&self, id: &JobId) -> Result<Job, JobsError> {
+        let mut job = self.read(&self.file(id))?;
+        // No chain is longer than there are files.
+        for _ in 0..JOBS_MAX {
+            let Some(next) = job.moved_to else { break };
+            job = self.read(&self.file(&next.0))?;
+        }
+        Ok(job)
+    }
+
+    /// The job that this one's VM was started as. Its files bear that job's id.
+    pub fn first(&self, job: &Job) -> JobId {
+        let (mut first, mut from) = (job.id.0, job.moves);
+        for _ in 0..JOBS_MAX {
+            let Some(id) = from else { break };
+            // An old job's file may be gone.
+            let Ok(job) = self.read(&self.file(&id.0)) else { break };
+            (first, from) = (job.id.0, job.moves);
+        }
+        first
+    }
+
+    fn find_own(&self, text: &str) -> Result<Job, JobsError> {
         let mut jobs = self.list()?;
         jobs.sort_by_key(|job| job.settled.is_some());
         if let Some(job) = jobs.iter().find(|job| job.name.as_deref() == Some(text)) {
@@ -379,9 +415,10 @@ impl Jobs {
         }
     }
 
-    /// The file that a detached program's output is kept in.
+    /// The file that a detached program's output is kept in, wherever its VM moves.
     pub fn output_file(&self, id: &JobId) -> PathBuf {
-        self.dir.join(format!("{}.out", Hex(*id)))
+        let first = self.read(&self.file(id)).map_or(*id, |job| self.first(&job));
+        self.dir.join(format!("{}.out", Hex(first)))
     }
 
     fn file(&self, id: &JobId) -> PathBuf {
@@ -488,6 +525,8 @@ pub(crate) mod tests {
             payments: vec![Payment { index: 20, value: Hex([2; 32]), renewal: None }],
             renewals: Vec::new(),
             settled: None,
+            moves: None,
+            moved_to: None,
         }
     }
 
@@ -503,6 +542,10 @@ pub(crate) mod tests {
         assert_eq!(jobs.find("a2").unwrap(), b);
         assert!(matches!(jobs.find("a"), Err(JobsError::Several(_))));
         assert!(matches!(jobs.find(""), Err(JobsError::None(_))));
+        jobs.update(&b.id.0, |job| job.moved_to = Some(a.id)).unwrap();
+        jobs.update(&a.id.0, |job| job.moves = Some(b.id)).unwrap();
+        assert_eq!(jobs.find("a2").unwrap().id, a.id);
+        assert_eq!(jobs.first(&jobs.find("a1").unwrap()), b.id.0);
         let again = sample([0xB0; 16], Some("solve"), 10);
         assert!(matches!(jobs.add(&again), Err(JobsError::NameTaken(_))));
         assert!(matches!(jobs.add(&sample([0; 16], Some("a/b"), 1)), Err(JobsError::BadName(_))));

@@ -14,6 +14,7 @@ pub mod job;
 pub mod kernel;
 pub mod layout;
 pub mod migration;
+pub mod mover;
 pub mod node;
 pub mod receipt;
 pub mod session;

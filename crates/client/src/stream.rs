@@ -80,7 +80,18 @@ impl<W: Write> StreamWriter<W> {
 
     /// Writes the machine state and the digest, and flushes. Returns where it went, and the bytes of the stream.
     pub fn machine(mut self, state: &[u8]) -> io::Result<(W, u64)> {
+        self.state(state)?;
+        self.end()
+    }
+
+    /// Writes the machine state, and flushes. Nobody makes a machine of it before [`Self::end`].
+    pub fn state(&mut self, state: &[u8]) -> io::Result<()> {
         self.put(&plain(Kind::Machine, state.to_vec()))?;
+        self.out.flush()
+    }
+
+    /// Writes the digest behind the machine state, and flushes. Returns as [`Self::machine`].
+    pub fn end(mut self) -> io::Result<(W, u64)> {
         let end = self.sender.end();
         self.out.write_all(&end)?;
         self.out.flush()?;

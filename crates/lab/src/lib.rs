@@ -18,6 +18,7 @@ pub mod progress;
 mod qemu;
 mod service;
 mod status;
+pub mod witness;
 
 pub use lab::{Lab, clean, default_dir};
 pub use status::{Member, Shape, State, Status};

@@ -57,6 +57,25 @@ pub enum Command {
     /// before any of its programs goes on; a home node in the background pays for it. Prints their ids. One that fails is
     /// given back and does not harm the others.
     Fork(Fork),
+    /// Move a job's running VM to another node
+    ///
+    /// The VM moves itself: its program keeps its connections, its output and its exit status. The old node gives
+    /// change. If anything fails, the VM goes on where it was.
+    Migrate(Migrate),
+    /// Buy a VM for a job to move to, and print the ticket
+    ///
+    /// Whoever has the ticket inside the job's VM moves it there with `onde-agent migrate --token TICKET`, within two minutes
+    /// of the sale. What pays for the job goes on with it there.
+    Ticket {
+        #[command(flatten)]
+        job: JobName,
+        /// Number of the node
+        #[arg(value_name = "NODE")]
+        node: u32,
+        /// First payment: what the new VM has until it is paid for as the old one was, on its way
+        #[arg(long, value_name = "N", default_value_t = 100)]
+        tokens: u32,
+    },
     /// List jobs
     Ps {
         /// Settled jobs, too
@@ -226,6 +245,25 @@ pub enum Wallet {
         #[arg(long)]
         json: bool,
     },
+}
+
+#[derive(Debug, Args)]
+pub struct Migrate {
+    /// The job's name, or the first digits of its id
+    #[arg(value_name = "JOB", required_unless_present = "drain", conflicts_with = "drain")]
+    pub job: Option<String>,
+    /// Number of the node to move to
+    #[arg(value_name = "NODE", required_unless_present = "drain", conflicts_with = "drain")]
+    pub node: Option<u32>,
+    /// Move all your jobs away from this node
+    #[arg(long, value_name = "N")]
+    pub drain: Option<u32>,
+    /// Number of the node to move them to [default: whichever has the most room]
+    #[arg(long, value_name = "N", requires = "drain")]
+    pub to: Option<u32>,
+    /// As JSON, a line each: how far it is, and what came of it
+    #[arg(long)]
+    pub json: bool,
 }
 
 #[derive(Debug, Args)]

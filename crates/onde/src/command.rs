@@ -9,6 +9,7 @@ mod docs;
 mod fork;
 mod job;
 mod lab;
+mod migrate;
 mod node;
 mod price;
 mod ps;
@@ -50,6 +51,10 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             done(snapshot::run(&job.job, &output, json, &report))
         }
         Command::Fork(order) => fork::run(order, &report),
+        Command::Ticket { job, node, tokens } => {
+            done(migrate::print_ticket(&job.job, node, tokens))
+        }
+        Command::Migrate(order) => done(migrate::run(context, &order, &report)),
         Command::Ps { all, cost, json } => done(ps::run(context, all, cost, json)),
         Command::Status { job, json } => done(job::status(&job.job, json)),
         Command::Console { job, follow } => done(console::run(&job.job, follow)),

@@ -151,7 +151,10 @@ pub fn loader() -> Result<Vec<u8>> {
 /// From here on, whatever happens, the job is known on disk and given back by Ctrl-C.
 fn keep(cluster: &Arc<Cluster>, job: &Job, interrupt: &Interrupt, report: &Report) -> Result<()> {
     let (owner, held, told) = (cluster.clone(), job.clone(), report.clone());
-    interrupt.hold(move || settle::tell(&owner, &held, &told));
+    interrupt.hold(move || {
+        let job = owner.jobs.current(&held.id.0).unwrap_or_else(|_| held.clone());
+        settle::tell(&owner, &job, &told);
+    });
     // A taken name is no reason to keep what was bought.
     cluster.jobs.add(job).inspect_err(|_| {
         let nameless = Job { name: None, ..job.clone() };
@@ -197,9 +200,8 @@ fn start(
     let mut home = Home::new(echo, cluster.broker.clone(), cluster.jobs.clone(), job);
     let (dismiss, dismissed) = channel();
     let sent = std::thread::scope(|scope| {
-        scope.spawn(move || {
-            payer::run(&mut home, job, progress::Progress::always(), report, &dismissed)
-        });
+        scope
+            .spawn(move || payer::run(&mut home, progress::Progress::always(), report, &dismissed));
         let sent = bootstrap::boot_stream(&handle, booted.ipv4.into(), loader, |out| {
             load.write(out, &shape, on_progress)
         });

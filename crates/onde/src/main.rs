@@ -10,6 +10,7 @@ mod config;
 mod failure;
 mod interrupt;
 mod launch;
+mod moving;
 mod pack;
 mod payer;
 mod progress;

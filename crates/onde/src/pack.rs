@@ -122,6 +122,7 @@ fn add_guest(image: &mut Image, kernel: &KernelCache, agent: &Path) -> Result<()
         std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))
     };
     image.file(Path::new("/init"), 0o755, read(agent)?)?;
+    image.link(Path::new("/usr/bin/onde-agent"), Path::new("/init"))?;
     // The guest sends it to VMs that it makes elsewhere.
     image.file(Path::new(LOADER_PATH), 0o600, read(&onde_lab::programs::find("loader")?)?)?;
     let modules = kernel.modules()?;

@@ -43,7 +43,6 @@ pub enum Outcome {
 /// Pays until the VM is over, its node is lost, or the other end of `dismissed` is dropped; while there is progress.
 pub fn run(
     home: &mut Home,
-    job: &Job,
     mut progress: Progress,
     report: &Report,
     dismissed: &Receiver<()>,
@@ -58,8 +57,11 @@ pub fn run(
         let status = step.as_ref().ok().and_then(Standing::status).copied();
         if let Some(status) = status {
             let was = std::mem::replace(&mut stage, status.stage);
-            if was == Stage::Suspended && stage.is_alive() {
-                wakes_up(job);
+            if was == Stage::Suspended
+                && stage.is_alive()
+                && let Ok(job) = home.job()
+            {
+                wakes_up(&job);
             }
         }
         if let Some(outcome) = mood.judge(step, report) {

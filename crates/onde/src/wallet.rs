@@ -4,7 +4,6 @@
 //! there is none.
 
 use anyhow::{Context, Result};
-use onde_client::bootstrap;
 use onde_client::echo::Echo;
 use onde_client::home::Home;
 use onde_client::job::{Job, Jobs, JobsError};
@@ -28,10 +27,9 @@ use std::time::Duration;
 use crate::cluster::Cluster;
 use crate::command::session;
 use crate::failure::hinted;
-use crate::payer::{self, Outcome};
-use crate::progress::Progress;
+use crate::payer::Outcome;
 use crate::report::Report;
-use crate::settle;
+use crate::{moving, settle};
 
 /// How long a packed guest may take from its first instruction to its agent, under emulation.
 pub const BOOT_PATIENCE: Duration = Duration::from_secs(90);
@@ -129,7 +127,9 @@ impl Wallet {
             }
             self.tended.retain(|_, tended| !tended.thread.is_finished());
             for job in due {
-                if !self.tended.contains_key(&job.id.0) {
+                // What follows the VM that moved here lets go of its output first.
+                let is_elsewhere = job.moves.is_some_and(|old| self.tended.contains_key(&old.0));
+                if !self.tended.contains_key(&job.id.0) && !is_elsewhere {
                     self.tend(job)?;
                 }
             }
@@ -179,7 +179,7 @@ fn tend(cluster: &Cluster, job: &Job, report: &Report, dismissed: &Receiver<()>)
     let mut home = Home::new(Echo::open()?, cluster.broker.clone(), cluster.jobs.clone(), job);
     let followed =
         if job.has_agent && job.exit.is_none() { Some(follow(cluster, job)?) } else { None };
-    let outcome = payer::run(&mut home, job, Progress::of(job), report, dismissed);
+    let outcome = moving::pay(cluster, &mut home, job, report, dismissed);
     if let Some(remote) = followed {
         remote.detach();
     }
@@ -204,19 +204,20 @@ fn follow(cluster: &Cluster, job: &Job) -> Result<Remote> {
     let [output, errors] = [Kept { file: out()? }, Kept { file: out()? }];
     // What a wallet before this one kept is not asked for again.
     let offset = output.file.metadata().map_or(0, |metadata| metadata.len());
-    let (handle, guest) = (job.handle(), job.guest_ipv4);
-    let dial = move || bootstrap::connect(&handle, guest, Duration::ZERO);
-    let session = Session::new(dial, BOOT_PATIENCE).while_asleep(session::sleeps(job));
+    let session = Session::new(session::dial(&cluster.jobs, job), BOOT_PATIENCE)
+        .while_asleep(session::sleeps(&cluster.jobs, job));
     let remote = session.remote();
-    let (jobs, id, handle) = (cluster.jobs.clone(), job.id.0, job.handle());
+    let (jobs, job) = (cluster.jobs.clone(), job.clone());
     std::thread::spawn(move || {
         let streams = Streams { input: None, output: Box::new(output), errors: Box::new(errors) };
         let Ok(ended) = session.attach(offset, false, streams) else { return };
         let Some(exit) = ended.exit else { return };
-        note_exit(&jobs, &id, exit.shell_status());
+        // It ended where its VM has moved by now; without a file, where it began.
+        let job = jobs.current(&job.id.0).unwrap_or(job);
+        note_exit(&jobs, &job.id.0, exit.shell_status());
         // Nothing is left to pay for: the job is stopped and settled.
         if let Ok(mut echo) = Echo::open() {
-            let _ = handle.stop(&mut echo);
+            let _ = job.handle().stop(&mut echo);
         }
     });
     Ok(remote)

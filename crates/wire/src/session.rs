@@ -9,6 +9,8 @@
 //!  agent   STREAM and ROUND, at last TAKEN; or ERROR
 //!  client  FORK, and nothing more
 //!  agent   ROUND, one MADE for each new VM, at last TAKEN; or ERROR
+//!  client  MIGRATE, and nothing more
+//!  agent   ROUND and SENT, at last MOVED, from the copy on the same connection; or ERROR, from the source that goes on
 //!  client  RELEASE, and nothing more
 //!  agent   RELEASED; or ERROR
 //!  client  CLOCK or PURSE, and nothing more; nothing is answered
@@ -219,6 +221,8 @@ pub enum ClientFrame<'a> {
     /// First frame: make these VMs, copies of this machine at one instant: 1 to [`FORK_MAX`] [`Ticket`]s, one behind the
     /// other. Their programs stand still until RELEASE, so that each of them can make more of the same instant.
     Fork(&'a [u8]),
+    /// First frame: move this machine to the VM of this [`Ticket`]'s bytes, whose job has the same guest's address.
+    Migrate(&'a [u8; TICKET_SIZE]),
     /// First frame, to a copy that FORK made: its programs go on.
     Release,
 }
@@ -350,6 +354,15 @@ pub enum AgentFrame<'a> {
     },
     /// The programs go on.
     Released,
+    /// How far a round of a migration is.
+    Sent {
+        /// Pages that the round has still to look at.
+        pages_left: u64,
+        /// Bytes of stream so far, in all rounds.
+        bytes: u64,
+    },
+    /// This is the copy, on its new node.
+    Moved,
 }
 
 const ATTACH: u8 = 1;
@@ -365,6 +378,7 @@ const CLOCK: u8 = 10;
 const FORK: u8 = 11;
 const RELEASE: u8 = 12;
 const PURSE: u8 = 13;
+const MIGRATE: u8 = 14;
 const STARTED: u8 = 16;
 const OUTPUT: u8 = 17;
 const ACCEPTED: u8 = 18;
@@ -375,6 +389,8 @@ const ROUND: u8 = 22;
 const TAKEN: u8 = 23;
 const MADE: u8 = 24;
 const RELEASED: u8 = 25;
+const SENT: u8 = 26;
+const MOVED: u8 = 27;
 
 /// Kind and payload size that a frame's head announces; `None` above [`PAYLOAD_MAX`].
 pub fn head(bytes: &[u8; HEAD_SIZE]) -> Option<(u8, usize)> {
@@ -428,6 +444,7 @@ impl<'a> ClientFrame<'a> {
             Snapshot => frame(out, SNAPSHOT, &[]),
             Clock(unix_us) => frame(out, CLOCK, &[&unix_us.to_le_bytes()]),
             Fork(tickets) => frame(out, FORK, &[tickets]),
+            Migrate(ticket) => frame(out, MIGRATE, &[ticket]),
             Release => frame(out, RELEASE, &[]),
             ClientFrame::Purse(purse) => {
                 let [shown, last, lot] = [purse.shown, purse.last, purse.lot].map(u32::to_le_bytes);
@@ -464,6 +481,7 @@ impl<'a> ClientFrame<'a> {
                 let fits = (1..=FORK_MAX).contains(&(tickets.len() / TICKET_SIZE));
                 return (is_whole && fits).then_some(ClientFrame::Fork(tickets));
             }
+            MIGRATE => return Some(ClientFrame::Migrate(r.rest().try_into().ok()?)),
             RELEASE => ClientFrame::Release,
             PURSE => {
                 let (shown, last, lot, value) = (r.u32()?, r.u32()?, r.u32()?, r.array()?);
@@ -507,6 +525,10 @@ impl<'a> AgentFrame<'a> {
                 frame(out, MADE, &[&index.to_le_bytes(), fault.as_bytes()])
             }
             Released => frame(out, RELEASED, &[]),
+            Sent { pages_left, bytes } => {
+                frame(out, SENT, &[&pages_left.to_le_bytes(), &bytes.to_le_bytes()])
+            }
+            Moved => frame(out, MOVED, &[]),
         }
     }
 
@@ -538,6 +560,8 @@ impl<'a> AgentFrame<'a> {
                 return Some(AgentFrame::Made { index, fault: text(r.rest())? });
             }
             RELEASED => AgentFrame::Released,
+            SENT => AgentFrame::Sent { pages_left: r.u64()?, bytes: r.u64()? },
+            MOVED => AgentFrame::Moved,
             STREAM => {
                 let bytes = r.rest();
                 return (1..=OUTPUT_MAX)
@@ -628,6 +652,8 @@ mod tests {
         let golden =
             b"\x0D\x2C\0\0\0\x01\0\0\0\x02\x01\0\0\x03\0\0\x000123456789abcdef0123456789ABCDEF";
         check_client(ClientFrame::Purse(purse), golden);
+        let bytes = [7; TICKET_SIZE];
+        check_client(Migrate(&bytes), &[&b"\x0E\xF6\0\0\0"[..], &bytes].concat());
     }
 
     #[test]
@@ -650,6 +676,9 @@ mod tests {
         check_agent(AgentFrame::Taken(taken), golden);
         check_agent(Made { index: 2, fault: "no" }, b"\x18\x06\0\0\0\x02\0\0\0no");
         check_agent(Released, b"\x19\0\0\0\0");
+        let sent = b"\x1A\x10\0\0\0\x05\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0";
+        check_agent(Sent { pages_left: 5, bytes: 6 }, sent);
+        check_agent(Moved, b"\x1B\0\0\0\0");
     }
 
     #[test]

@@ -243,7 +243,7 @@ impl Sink for StreamWriter<&mut Kept> {
 /// Copies a machine as a stream.
 pub fn copy<M: Machine>(fake: &mut M, kept: &mut Kept) -> Result<Outcome, Failed> {
     let mut stream = StreamWriter::start(kept, &START)?;
-    let outcome = take(fake, &START, &mut stream)?;
+    let outcome = take(fake, &START, &mut stream, Role::Forked)?;
     if let Outcome::Source(_, state) = &outcome {
         stream.machine(state)?;
     }

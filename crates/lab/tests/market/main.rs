@@ -5,13 +5,16 @@
 //! `cargo test -p onde-lab --test market -- WORD` runs the cases with WORD in their name; with `ONDE_ROUNDS=N` in the
 //! environment all of them N times, in the same lab.
 
+mod capture;
 mod descent;
 mod failures;
 mod forks;
+mod migrations;
 mod programs;
 mod snapshots;
 mod tokens;
 mod wallets;
+mod witness;
 mod world;
 
 use std::process::ExitCode;
@@ -22,7 +25,7 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 30] = [
+const CASES: [Case; 35] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
@@ -34,6 +37,11 @@ const CASES: [Case; 30] = [
     ("suspended_by_hand_goes_on_and_gives_change", descent::by_hand),
     ("dry_job_sleeps_is_paid_and_goes_on", descent::dry_then_paid),
     ("dry_job_is_purged_when_it_was_said", descent::purged_in_time),
+    ("vm_moves_to_and_fro_whole", migrations::to_and_fro),
+    ("move_that_is_cut_leaves_one_vm", migrations::cut_anywhere),
+    ("move_into_a_stopped_vm_leaves_it_where_it_was", migrations::target_stopped),
+    ("move_with_failing_nodes_leaves_one_vm", migrations::nodes_fail),
+    ("vm_moves_by_itself_and_when_its_node_is_drained", migrations::by_itself_and_drained),
     ("node_is_as_before", programs::node_is_as_before),
     ("wrong_boot_token_is_not_answered", tokens::wrong),
     ("boot_token_of_another_node_is_not_answered", tokens::other_node),

@@ -12,6 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use onde_client::api::{CreditRequest, Job};
 use onde_client::broker::{Broker, new_key};
 use onde_client::echo::{Echo, Policy};
+use onde_client::job::Jobs;
 use onde_client::node::{self, Handle};
 use onde_lab::{Lab, Shape, programs};
 use onde_wire::cluster::{Cluster, TOKEN_MICRO};
@@ -121,6 +122,11 @@ impl World {
         ensure!(done.status.code() == Some(status), "onde {args:?} ended otherwise: {told}");
         ensure!(told.contains(word), "onde {args:?} does not say {word:?}: {told}");
         Ok(())
+    }
+
+    /// The customer's job files.
+    pub fn jobs(&self) -> Result<Jobs> {
+        Ok(Jobs::open(&self.dir.join("state/onde/jobs"))?)
     }
 
     /// Micro-tokens in the customer's account.

@@ -41,7 +41,7 @@ pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCo
     let followed = std::thread::scope(|scope| {
         let progress = Progress::of(&job);
         let job = &job;
-        scope.spawn(move || payer::run(&mut home, job, progress, report, &dismissed));
+        scope.spawn(move || payer::run(&mut home, progress, report, &dismissed));
         let followed = console::print(job, true);
         drop(dismiss);
         followed

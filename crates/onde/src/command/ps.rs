@@ -11,6 +11,7 @@ use std::time::Duration;
 
 use super::{print, print_json};
 use crate::cluster::{Cluster, jobs};
+use crate::moving;
 use crate::report::Report;
 use crate::table::{cost, rate, render, span};
 
@@ -85,7 +86,15 @@ fn look(cluster: Option<&Cluster>, echo: Option<&mut Echo>, mut job: Job) -> Res
     if job.context != cluster.name {
         return Ok(row(&job, "elsewhere", None));
     }
-    if let Ok(status) = job.handle().status(echo, POLICY)
+    let status = job.handle().status(echo, POLICY);
+    // A move whose command did not live to see its end.
+    if let Ok(Some(moved)) = moving::finish(cluster, &job, &status) {
+        job = moved;
+        if job.settled.is_some() {
+            return Ok(row(&job, "settled", None));
+        }
+    }
+    if let Ok(status) = status
         && status.stage != Stage::Stopped
     {
         return Ok(row(&job, status.stage.name(), Some(&status)));

@@ -19,10 +19,9 @@ use crate::failure::hinted;
 use crate::interrupt::Interrupt;
 use crate::launch::{Content, Machine, launch};
 use crate::payer::Outcome;
-use crate::progress::Progress;
 use crate::report::Report;
 use crate::wallet::{self, BOOT_PATIENCE};
-use crate::{pack, payer, settle, terminal};
+use crate::{moving, pack, settle, terminal};
 
 /// Quiet on the serial port, whose every byte is an exit; what it has to say when it crashes comes all the same.
 /// The machine has no PCI and one serial port; its clock needs no watching; and the kernel's self-tests of its
@@ -57,6 +56,7 @@ pub fn run(context: Option<&str>, run: &Run, report: &Report) -> Result<ExitCode
     let followed = follow(&cluster, &job, run.tty, &interrupt, report);
     interrupt.leave(UNDONE);
     terminal::restore();
+    let job = cluster.jobs.current(&job.id.0)?;
     let crash = crash(&job, &followed);
     if let Ok((Ended { exit: Some(exit), .. }, _)) = &followed {
         let status = exit.shell_status();
@@ -92,8 +92,8 @@ fn follow(
     interrupt: &Interrupt,
     report: &Report,
 ) -> Result<(Ended, Outcome), SessionError> {
-    let session =
-        Session::new(session::dial(job), BOOT_PATIENCE).while_asleep(session::sleeps(job));
+    let session = Session::new(session::dial(&cluster.jobs, job), BOOT_PATIENCE)
+        .while_asleep(session::sleeps(&cluster.jobs, job));
     let (remote, payers_remote) = (session.remote(), session.remote());
     let (dismiss, dismissed) = channel();
     let (leave, left) = channel();
@@ -130,7 +130,7 @@ fn pay(cluster: &Cluster, job: &Job, report: &Report, dismissed: Receiver<()>) -
         return Outcome::Dismissed;
     };
     let mut home = Home::new(echo, cluster.broker.clone(), cluster.jobs.clone(), job);
-    payer::run(&mut home, job, Progress::of(job), report, &dismissed)
+    moving::pay(cluster, &mut home, job, report, &dismissed)
 }
 
 /// Why the program did not come to its own end, where it did not.

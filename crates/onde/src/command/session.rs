@@ -4,7 +4,7 @@ use anyhow::{Context, Result};
 use onde_client::bootstrap;
 use onde_client::channel::{Channel, ChannelError};
 use onde_client::echo::{Echo, Policy};
-use onde_client::job::Job;
+use onde_client::job::{Job, Jobs};
 use onde_client::node::NodeError;
 use onde_client::session::{Ended, FROM_END, Session, SessionError, Streams};
 use onde_wire::machine::Stage;
@@ -27,16 +27,22 @@ use crate::wallet::BOOT_PATIENCE;
 /// How long a program that was left may take to hear of it.
 const FAREWELL: Duration = Duration::from_secs(2);
 
-/// What dials the agent of a job's guest.
-pub fn dial(job: &Job) -> impl FnMut() -> Result<Channel, ChannelError> + use<> {
-    let (handle, guest) = (job.handle(), job.guest_ipv4);
-    move || bootstrap::connect(&handle, guest, Duration::ZERO)
+/// What dials the agent of a job's guest, wherever it has moved.
+pub fn dial(jobs: &Jobs, job: &Job) -> impl FnMut() -> Result<Channel, ChannelError> + use<> {
+    let (jobs, mut job) = (jobs.clone(), job.clone());
+    move || {
+        // Without its file the job is where it was.
+        job = jobs.current(&job.id.0).unwrap_or_else(|_| job.clone());
+        bootstrap::connect(&job.handle(), job.guest_ipv4, Duration::ZERO)
+    }
 }
 
 /// Whether a job's VM is on its node's disk at present.
-pub fn sleeps(job: &Job) -> impl FnMut() -> bool + Send + use<> {
-    let handle = job.handle();
+pub fn sleeps(jobs: &Jobs, job: &Job) -> impl FnMut() -> bool + Send + use<> {
+    let (jobs, id, handle) = (jobs.clone(), job.id.0, job.handle());
     move || {
+        // Without its file the job is where it was.
+        let handle = jobs.current(&id).map_or_else(|_| handle.clone(), |job| job.handle());
         let asked = Echo::open().map_err(NodeError::from);
         let status = asked.and_then(|mut echo| handle.status(&mut echo, Policy::default()));
         status.is_ok_and(|status| status.stage == Stage::Suspended)
@@ -79,7 +85,7 @@ pub fn open(name: &str) -> Result<(Cluster, Job)> {
 }
 
 pub fn exec(name: &str, tty: bool, command: &[OsString]) -> Result<ExitCode> {
-    let (_cluster, job) = open(name)?;
+    let (cluster, job) = open(name)?;
     let interrupt = Interrupt::watch()?;
     let term = std::env::var_os("TERM").unwrap_or("dumb".into());
     let path = &b"PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"[..];
@@ -87,7 +93,7 @@ pub fn exec(name: &str, tty: bool, command: &[OsString]) -> Result<ExitCode> {
     let argv = list(command.iter().map(|word| word.as_bytes()));
     let window = if tty { terminal::window() } else { None };
     let launch = Launch { window, uid: 0, gid: 0, cwd: b"/", argv: &argv, env: &env };
-    let session = Session::new(dial(&job), BOOT_PATIENCE);
+    let session = Session::new(dial(&cluster.jobs, &job), BOOT_PATIENCE);
     // The agent ends the program with the connection: there is nothing to clean up.
     interrupt.hold(|| ());
     interrupt.run_program(session.remote());
@@ -116,9 +122,9 @@ pub fn failed(error: SessionError) -> ExitCode {
 }
 
 pub fn attach(name: &str, report: &Report) -> Result<ExitCode> {
-    let (_cluster, job) = open(name)?;
+    let (cluster, job) = open(name)?;
     let interrupt = Interrupt::watch()?;
-    let session = Session::new(dial(&job), BOOT_PATIENCE);
+    let session = Session::new(dial(&cluster.jobs, &job), BOOT_PATIENCE);
     let (remote, (leave, left)) = (session.remote(), channel::<()>());
     let left = Mutex::new(left);
     interrupt.hold(move || {
@@ -142,7 +148,7 @@ pub fn logs(name: &str, follow: bool, report: &Report) -> Result<()> {
         return super::print_bytes(&kept.map_err(|_| none())?);
     }
     open(name)?;
-    let session = Session::new(dial(&job), BOOT_PATIENCE);
+    let session = Session::new(dial(&cluster.jobs, &job), BOOT_PATIENCE);
     let streams = Streams { input: None, ..streams() };
     let ended = match follow {
         true => session.attach(0, false, streams)?,

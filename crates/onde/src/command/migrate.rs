@@ -1,0 +1,369 @@
+//! `onde migrate`: has a running VM move itself to another node. This process buys the new VM, pays for it meanwhile,
+//! watches, and collects the old one's change. The VM needs nothing of it once it has the ticket.
+//!
+//! ```text
+//!   buy -> file of the new job -> MIGRATE -> rounds ... -> MOVED ----------> file of the old job -> STOP the old VM
+//!                                    |            '------> ERROR ----------> STOP the new VM
+//!                                    '--> connection lost --> the new node is asked until it knows
+//! ```
+
+use anyhow::{Context, Result};
+use onde_client::api::{Hex, JobOpened, JobRequest, NodeChoice};
+use onde_client::bootstrap;
+use onde_client::broker::new_key;
+use onde_client::echo::{Echo, Policy};
+use onde_client::fork::ticket;
+use onde_client::home::{Home, STEP_PERIOD};
+use onde_client::job::Job;
+use onde_client::migration::Word;
+use onde_client::mover::{self, Ended, Event};
+use onde_client::snapshot::tell_time;
+use onde_wire::key::sha256;
+use onde_wire::session::Round;
+use serde::Serialize;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::time::{Duration, Instant};
+
+use super::{print, session};
+use crate::cli::Migrate;
+use crate::cluster::Cluster;
+use crate::failure::{self, hinted};
+use crate::launch::{buy, loader, payment};
+use crate::report::Report;
+use crate::{moving, settle};
+
+/// How long a running guest may take to answer.
+const PATIENCE: Duration = Duration::from_secs(15);
+/// How long the new node is asked when the guest says nothing any more: a new VM that gets nothing is given up by its
+/// node after 90 s, and one that may live after the source's own patience.
+const DOUBT: Duration = Duration::from_secs(150);
+const DOUBT_PERIOD: Duration = Duration::from_millis(500);
+/// Least first payment, tokens: the bootstrap, the stream, and some time to pay more.
+const FIRST_MIN: u32 = 10;
+
+#[derive(Serialize)]
+struct Told {
+    event: &'static str,
+    job: String,
+    from: String,
+    node: u32,
+    seconds: f64,
+    /// The longest time in which the VM can have been silent; unknown where the connection broke.
+    silence_ms: Option<f64>,
+    rounds: u32,
+    sent_bytes: u64,
+}
+
+pub fn run(context: Option<&str>, order: &Migrate, report: &Report) -> Result<()> {
+    let Some(drained) = order.drain else {
+        let name = order.job.as_deref().unwrap_or_default();
+        let (cluster, job) = session::open(name)?;
+        let node = order.node.context("no node to move to")?;
+        return tell(&one(&cluster, &job, node, order.json, report)?, order.json);
+    };
+    let cluster = Cluster::open(context)?;
+    let mut jobs = cluster.jobs.list()?;
+    jobs.retain(|job| {
+        job.settled.is_none() && job.moved_to.is_none() && job.context == cluster.name
+    });
+    jobs.retain(|job| job.node == drained);
+    let mut failed = 0;
+    for job in jobs {
+        let to = away(&cluster, &job, drained, order.to);
+        match to.and_then(|to| one(&cluster, &job, to, order.json, report)) {
+            Ok(told) => tell(&told, order.json)?,
+            Err(error) => {
+                failed += 1;
+                report.warn(&format!("job {} stays on node {drained}", job.short_id()));
+                eprintln!("{}", failure::lines(&error));
+            }
+        }
+    }
+    match failed {
+        0 => Ok(()),
+        _ => Err(hinted(
+            format!("{failed} jobs are still on node {drained}"),
+            "onde ps lists them; onde stop ends one",
+        )),
+    }
+}
+
+fn tell(told: &Told, is_json: bool) -> Result<()> {
+    if is_json { print_line(told) } else { print(&text(told)) }
+}
+
+/// Where a job can go: the node asked for, or the one with the most room.
+fn away(cluster: &Cluster, job: &Job, from: u32, to: Option<u32>) -> Result<u32> {
+    if !job.has_agent {
+        let text = format!("job {} has no agent: it runs a kernel of your own", job.short_id());
+        return Err(hinted(text, "onde stop JOB"));
+    }
+    if let Some(to) = to {
+        return Ok(to);
+    }
+    let mut nodes = cluster.broker.nodes()?;
+    nodes.retain(|node| node.alive && node.number != from && node.slots_free > 0);
+    nodes.retain(|node| node.mem_mib_free >= job.mem_mib);
+    let best = nodes.into_iter().max_by_key(|node| node.mem_mib_free);
+    let none = || hinted("no other node has room".to_owned(), "onde node ls");
+    Ok(best.ok_or_else(none)?.number)
+}
+
+fn one(cluster: &Cluster, old: &Job, node: u32, is_json: bool, report: &Report) -> Result<Told> {
+    if old.node == node {
+        return Err(hinted(
+            format!("job {} is on node {node} already", old.short_id()),
+            "onde node ls lists others",
+        ));
+    }
+    settle_earlier(cluster, old)?;
+    let begun = Instant::now();
+    let (opened, new) = buy_for(cluster, old, node, None)?;
+    report.line(&format!("job {} goes to node {node} as {}", old.short_id(), new.short_id()));
+    let (dismiss, dismissed) = channel();
+    let ended = std::thread::scope(|scope| {
+        scope.spawn(|| pay(cluster, &new, dismissed));
+        let watch = Watch::new(report, old, is_json);
+        let ended = go(old, &ticket(&opened), watch);
+        drop(dismiss);
+        ended
+    });
+    let (ended, watch) = ended;
+    let silence = match ended {
+        Ended::Moved(silence) => Some(silence),
+        Ended::Stayed(why) => {
+            settle::tell(cluster, &new, report);
+            return Err(hinted(
+                format!("job {} stays on node {}: {why}", old.short_id(), old.node),
+                "nothing is lost but a few tokens; try again, or another node",
+            ));
+        }
+        Ended::Unknown(error) => {
+            report.line(&format!("the guest says nothing any more ({error}); asking node {node}"));
+            judge(cluster, old, &new)?;
+            None
+        }
+    };
+    let new = moving::moved(cluster, old, &new)?;
+    if let Ok(channel) = bootstrap::connect(&new.handle(), new.guest_ipv4, PATIENCE) {
+        // A clock that is behind by the silence is no reason to fail.
+        let _ = tell_time(channel);
+    }
+    Ok(Told {
+        event: "moved",
+        job: new.short_id(),
+        from: old.short_id(),
+        node,
+        seconds: begun.elapsed().as_secs_f64(),
+        silence_ms: silence.map(|silence| silence.as_secs_f64() * 1e3),
+        rounds: watch.round.number + 1,
+        sent_bytes: watch.bytes,
+    })
+}
+
+/// Buys the VM to move to, and notes it in a file before anything is sent: whatever happens, the job is found again.
+fn buy_for(
+    cluster: &Cluster,
+    old: &Job,
+    node: u32,
+    tokens: Option<u32>,
+) -> Result<(JobOpened, Job)> {
+    let status = old.handle().status(&mut Echo::open()?, Policy::default())?;
+    // What is left of the budget goes along, and so does what the old node gives back.
+    let change = status.balance_micro / old.value_micro.max(1);
+    let rest = old.budget.saturating_sub(old.sold).saturating_add(change as u32);
+    let (first, budget) = payment(tokens, Some(rest.max(FIRST_MIN)));
+    let request = JobRequest {
+        idempotency_key: new_key()?,
+        node: Some(NodeChoice::Number(node)),
+        mem_mib: old.mem_mib,
+        vcpus: old.vcpus,
+        disk_mib: 0,
+        net_kib_s: 0,
+        loader_sha256: Hex(sha256(&loader()?)),
+        tokens: first,
+        moves: Some(old.id),
+    };
+    let opened = buy(&cluster.broker, &request)?;
+    let mut new = Job::new(&opened, &old.title, &cluster.name, budget);
+    new.has_agent = true;
+    new.moves = Some(old.id);
+    cluster.jobs.add(&new)?;
+    Ok((opened, new))
+}
+
+/// Prints a ticket with which a VM moves itself, when it wants to: `onde-agent migrate --token TICKET`, inside.
+pub fn print_ticket(name: &str, node: u32, tokens: u32) -> Result<()> {
+    let (cluster, old) = session::open(name)?;
+    settle_earlier(&cluster, &old)?;
+    let (opened, _) = buy_for(&cluster, &old, node, Some(tokens))?;
+    let bytes = ticket(&opened).emit();
+    print(&(bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n"))
+}
+
+/// A move of this job that nobody saw the end of.
+fn settle_earlier(cluster: &Cluster, old: &Job) -> Result<()> {
+    let jobs = cluster.jobs.list()?;
+    let earlier = jobs.iter().filter(|job| job.moves == Some(old.id) && job.settled.is_none());
+    for job in earlier {
+        let answer = job.handle().status(&mut Echo::open()?, Policy::default());
+        let (id, now) = (old.short_id(), moving::finish(cluster, job, &answer)?);
+        if now.is_none_or(|job| job.settled.is_none()) {
+            return Err(hinted(
+                format!("job {id} moves already, as {}", job.short_id()),
+                "onde ps tells how it stands; one that got stuck ends within two minutes",
+            ));
+        }
+    }
+    Ok(())
+}
+
+/// Pays for the new VM while it is filled.
+fn pay(cluster: &Cluster, new: &Job, dismissed: Receiver<()>) {
+    let Ok(echo) = Echo::open() else { return };
+    let mut home = Home::new(echo, cluster.broker.clone(), cluster.jobs.clone(), new);
+    while let Err(RecvTimeoutError::Timeout) = dismissed.recv_timeout(STEP_PERIOD) {
+        // Before BOOT there is nothing to pay for; a later failure shows in the move itself.
+        let _ = home.step(true);
+    }
+}
+
+fn go(old: &Job, ticket: &onde_wire::session::Ticket, mut watch: Watch) -> (Ended, Watch) {
+    match bootstrap::connect(&old.handle(), old.guest_ipv4, PATIENCE) {
+        Ok(channel) => (mover::migrate(channel, ticket, |event| watch.hear(event)), watch),
+        Err(error) => (Ended::Stayed(format!("its agent does not answer: {error}")), watch),
+    }
+}
+
+/// Asks the new node until it is sure that the new VM lives. Errors: it never will, or nobody knows yet.
+fn judge(cluster: &Cluster, old: &Job, new: &Job) -> Result<()> {
+    let (begun, mut echo) = (Instant::now(), Echo::open()?);
+    while begun.elapsed() < DOUBT {
+        match Word::of_status(&new.handle().status(&mut echo, Policy::default())) {
+            Some(Word::Lived) => return Ok(()),
+            Some(Word::Never) => {
+                settle::settle(cluster, new, |_| {})?;
+                let text = format!("job {} did not move to node {}", old.short_id(), new.node);
+                return Err(hinted(text, "onde ps tells how it stands"));
+            }
+            // Nothing else would tell.
+            _ => std::thread::sleep(DOUBT_PERIOD),
+        }
+    }
+    Err(hinted(
+        format!(
+            "nobody knows yet whether job {} moved: node {} is silent",
+            old.short_id(),
+            new.node
+        ),
+        "onde ps finds out as soon as it answers; the VM lives on one of the two, or waits",
+    ))
+}
+
+/// How far a move is: what a program that watches reads, and the words for people.
+#[derive(Serialize)]
+struct Progress<'a> {
+    event: &'static str,
+    from: &'a str,
+    round: u32,
+    /// In this round.
+    pages: u64,
+    pages_left: u64,
+    /// In all rounds.
+    sent_bytes: u64,
+    bytes_per_s: f64,
+    /// Until this round is over, as fast as it went so far.
+    seconds_left: Option<f64>,
+}
+
+/// What is seen of a move.
+struct Watch {
+    spinner: crate::report::Spinner,
+    is_json: bool,
+    from: String,
+    /// When the first byte was sent.
+    begun: Option<Instant>,
+    round: Round,
+    round_begun: Instant,
+    bytes: u64,
+}
+
+impl Watch {
+    fn new(report: &Report, old: &Job, is_json: bool) -> Self {
+        Self {
+            spinner: report.spinner(),
+            is_json,
+            from: old.short_id(),
+            begun: None,
+            round: Round { number: 0, pages: 0 },
+            round_begun: Instant::now(),
+            bytes: 0,
+        }
+    }
+
+    fn hear(&mut self, event: Event) {
+        let pages_left = match event {
+            Event::Round(round) => {
+                (self.round, self.round_begun) = (round, Instant::now());
+                round.pages
+            }
+            Event::Sent(pages_left, bytes) => {
+                self.bytes = bytes;
+                pages_left
+            }
+        };
+        self.begun.get_or_insert_with(Instant::now);
+        let progress = self.progress(pages_left);
+        if self.is_json {
+            // A reader that is gone is no reason to stay.
+            let _ = print_line(&progress);
+        }
+        self.spinner.say(|| words(&progress));
+    }
+
+    fn progress(&self, pages_left: u64) -> Progress<'_> {
+        let seconds = self.begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
+        let done = self.round.pages.saturating_sub(pages_left);
+        let round_s = self.round_begun.elapsed().as_secs_f64();
+        Progress {
+            event: "progress",
+            from: &self.from,
+            round: self.round.number,
+            pages: self.round.pages,
+            pages_left,
+            sent_bytes: self.bytes,
+            bytes_per_s: if seconds > 0.0 { self.bytes as f64 / seconds } else { 0.0 },
+            seconds_left: (done > 0).then(|| round_s * pages_left as f64 / done as f64),
+        }
+    }
+}
+
+fn words(progress: &Progress<'_>) -> String {
+    let Progress { round, pages, pages_left, sent_bytes, bytes_per_s, seconds_left, .. } = progress;
+    let mib = |bytes: f64| bytes / f64::from(1 << 20);
+    let left = seconds_left.map_or(String::new(), |left| format!(", about {left:.0} s"));
+    format!(
+        "round {round}: {pages_left} of {pages} pages left, {:.1} MiB sent, {:.1} MiB/s{left}",
+        mib(*sent_bytes as f64),
+        mib(*bytes_per_s)
+    )
+}
+
+/// One line of JSON.
+fn print_line(told: &impl Serialize) -> Result<()> {
+    print(&(serde_json::to_string(told)? + "\n"))
+}
+
+fn text(told: &Told) -> String {
+    let silence =
+        told.silence_ms.map_or(String::new(), |ms| format!("; silent for {ms:.0} ms at most"));
+    format!(
+        "job {} moved to node {} as {} in {:.1} s, {} rounds, {:.1} MiB{silence}\n",
+        told.from,
+        told.node,
+        told.job,
+        told.seconds,
+        told.rounds,
+        told.sent_bytes as f64 / f64::from(1 << 20),
+    )
+}

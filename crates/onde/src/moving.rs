@@ -1,0 +1,103 @@
+//! What job files say of a VM that moves: the new job's is written before anything is sent and names the old one, the old
+//! one's names the new when the new VM has lived, and only then is the old VM stopped for its change. Whoever
+//! finds a move half done asks the new VM's node, and goes on from there. `migrate`, `ps` and whoever pays call it.
+
+use anyhow::Result;
+use onde_client::echo::{Echo, Policy};
+use onde_client::home::Home;
+use onde_client::job::{JOBS_MAX, Job};
+use onde_client::migration::Word;
+use onde_client::node::NodeError;
+use onde_wire::packet::JobStatus;
+use onde_wire::token::JobId;
+use std::sync::mpsc::Receiver;
+
+use crate::cluster::Cluster;
+use crate::payer::{self, Outcome};
+use crate::progress::Progress;
+use crate::report::Report;
+use crate::settle;
+
+/// Goes on with the move to `new`, as far as `answer`, its node's to STATUS, allows; the new job as it is then. `None`
+/// where there is nothing to do, or nothing to do yet.
+pub fn finish(
+    cluster: &Cluster,
+    new: &Job,
+    answer: &Result<JobStatus, NodeError>,
+) -> Result<Option<Job>> {
+    let Some(old) = new.moves.filter(|_| new.settled.is_none()) else { return Ok(None) };
+    let old = cluster.jobs.list()?.into_iter().find(|job| job.id == old);
+    // Known to have moved, and settled: the usual case.
+    let is_done = |old: &Job| old.moved_to.is_some() && old.settled.is_some();
+    let Some(old) = old.filter(|old| !is_done(old)) else { return Ok(None) };
+    match Word::of_status(answer) {
+        Some(Word::Lived) => moved(cluster, &old, new).map(Some),
+        Some(Word::Never) if old.moved_to.is_none() => {
+            settle::settle(cluster, new, |_| {})?;
+            Ok(Some(cluster.jobs.update(&new.id.0, |_| {})?))
+        }
+        _ => Ok(None),
+    }
+}
+
+/// Pays for a VM as [`payer::run`] does, wherever it moves meanwhile, also by itself: then the payer is who notes it.
+pub fn pay(
+    cluster: &Cluster,
+    home: &mut Home,
+    job: &Job,
+    report: &Report,
+    dismissed: &Receiver<()>,
+) -> Outcome {
+    // No VM moves more often than there are files.
+    for _ in 1..JOBS_MAX {
+        let outcome = payer::run(home, Progress::of(job), report, dismissed);
+        let is_over = matches!(outcome, Outcome::Over(_) | Outcome::Lost);
+        if !is_over || !lives_on(cluster, &job.id.0).unwrap_or(false) {
+            return outcome;
+        }
+    }
+    Outcome::Dismissed
+}
+
+/// Whether the VM of a job that is over has moved and lives.
+fn lives_on(cluster: &Cluster, id: &JobId) -> Result<bool> {
+    let over = cluster.jobs.current(id)?;
+    let mut echo = Echo::open()?;
+    let jobs = cluster.jobs.list()?;
+    for new in jobs.iter().filter(|new| new.moves == Some(over.id) && new.settled.is_none()) {
+        let answer = new.handle().status(&mut echo, Policy::default());
+        let now = finish(cluster, new, &answer)?;
+        if now.is_some_and(|new| new.settled.is_none()) {
+            return Ok(true);
+        }
+    }
+    Ok(cluster.jobs.current(id)?.id != over.id)
+}
+
+/// The new VM has lived: it takes the old one's place, and the old one gives change.
+pub fn moved(cluster: &Cluster, old: &Job, new: &Job) -> Result<Job> {
+    let new = cluster.jobs.update(&new.id.0, |job| {
+        // Where this was begun before, the old one's name is gone.
+        job.name = old.name.clone().or(job.name.take());
+        job.title = old.title.clone();
+    })?;
+    cluster.jobs.update(&old.id.0, |job| {
+        job.moved_to = Some(new.id);
+        // Two open jobs with one name would be one too many.
+        job.name = None;
+    })?;
+    // A silent node is settled by the broker later; the VM lives elsewhere.
+    let settled = settle::settle(cluster, old, |_| {})?;
+    Ok(cluster.jobs.update(&new.id.0, |job| {
+        if let Some(settled) = &settled {
+            let spent_micro = settled.paid_micro.saturating_sub(settled.refund_micro);
+            let spent = spent_micro.div_ceil(old.value_micro.max(1));
+            let rest = u64::from(old.budget).saturating_sub(spent) as u32;
+            // What is bought is bought.
+            job.budget = rest.max(job.sold);
+        }
+        job.kept = old.kept;
+        job.watch = old.watch.clone();
+        job.purse = old.purse;
+    })?)
+}
