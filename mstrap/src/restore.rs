@@ -135,7 +135,7 @@ impl<S: Source, M: Memory> Restore<'_, S, M> {
                 self.source.recv(state)?;
                 Ok(checker.payload(state)?)
             }
-            Kind::Start | Kind::End => {
+            Kind::Start | Kind::End | Kind::Pad => {
                 let payload = &mut self.chunk[..size];
                 self.source.recv(payload)?;
                 Ok(checker.payload(payload)?)

@@ -224,6 +224,8 @@ impl Bench {
             loader_sha256: Hex(sha256(&self.loader)),
             tokens: 200,
             moves: None,
+            template: false,
+            clones: None,
         })?;
         let (job, key) = (opened.job.id.0, Key::new(&opened.job_key.0));
         let vm = Handle { job, key, node: opened.job.node_ipv4 };

@@ -34,6 +34,8 @@ pub struct JobRow {
     pub guest: u32,
     /// Memory, MiB.
     pub mem_mib: u32,
+    /// Memory that its VM takes from its node, MiB: about, but for a clone.
+    pub reserved_mib: u32,
     /// vCPUs.
     pub vcpus: u16,
     /// Disk, MiB.
@@ -73,7 +75,8 @@ pub struct JobRow {
 /// The columns that [`read`] wants, in its order.
 const COLUMNS: &str = "seq, id, account, node, node_id, incarnation, guest, mem_mib, vcpus, disk_mib, \
     value_micro, first_count, sold, seed, expiry_ms, booted, spent_micro, opened_at, ended_at, \
-    settled_by, settled_at, refund_micro, frozen, chain, chain_from";
+    settled_by, settled_at, refund_micro, frozen, chain, chain_from, \
+    reserved_mib";
 
 fn read(row: &Row) -> Result<JobRow, StoreError> {
     Ok(JobRow {
@@ -102,6 +105,7 @@ fn read(row: &Row) -> Result<JobRow, StoreError> {
         is_frozen: row.get(22)?,
         chain: row.get(23)?,
         chain_from: row.get(24)?,
+        reserved_mib: row.get(25)?,
     })
 }
 
@@ -161,8 +165,8 @@ impl JobRow {
     /// Writes a new job down and gives it its position.
     pub fn insert(&mut self, tx: &Tx<'_>) -> Result<(), Refusal> {
         let sql = "INSERT INTO jobs (id, account, node, node_id, incarnation, guest, mem_mib, vcpus, disk_mib, \
-             value_micro, first_count, sold, seed, expiry_ms, opened_at, chain, chain_from) \
-             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17) RETURNING seq";
+             value_micro, first_count, sold, seed, expiry_ms, opened_at, chain, chain_from, reserved_mib) \
+             VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11, ?12, ?13, ?14, ?15, ?16, ?17, ?18) RETURNING seq";
         let seq = tx.value(
             sql,
             params![
@@ -183,6 +187,7 @@ impl JobRow {
                 self.opened_at,
                 self.chain,
                 self.chain_from,
+                self.reserved_mib,
             ],
         )?;
         self.seq = seq;

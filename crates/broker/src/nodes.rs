@@ -192,13 +192,14 @@ fn why_not(
     now: Instant,
 ) -> Option<&'static str> {
     let hello = &seen.hello;
+    let mem_mib = request.clones.map_or(request.mem_mib, |clones| clones.held_mib);
     if !seen.is_alive(now) {
         Some("the node does not answer")
-    } else if u64::from(request.mem_mib) + reserved.mem_mib > u64::from(hello.mem_mib_free) {
+    } else if u64::from(mem_mib) + reserved.mem_mib > u64::from(hello.mem_mib_free) {
         Some("the node has not that much free memory")
     } else if request.vcpus > hello.cpus {
         Some("the node has not that many processors")
-    } else if reserved.slots >= u64::from(hello.slots_free) {
+    } else if request.clones.is_none() && reserved.slots >= u64::from(hello.slots_free) {
         Some("the node has no free slot")
     } else {
         None

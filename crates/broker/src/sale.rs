@@ -11,15 +11,15 @@ use crate::refusal::Refusal;
 use crate::store::{Tx, params};
 use crate::usage::note_prices;
 use onde_client::api::{
-    self, Hex, JobOpened, JobRequest, NodeList, Payment, TOKENS_PER_BOOT_MAX, TOKENS_PER_SALE_MAX,
-    TokensRequest,
+    self, Hex, JobOpened, JobRequest, NodeChoice, NodeList, Payment, TOKENS_PER_BOOT_MAX,
+    TOKENS_PER_SALE_MAX, TokensRequest,
 };
 use onde_wire::chain::Value;
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::{Key, job_key, sha256};
 use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
 use onde_wire::plan;
-use onde_wire::token::{BootToken, JobId, NodeId, Renewal};
+use onde_wire::token::{BootToken, JobId, NodeId, Origin, Renewal};
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -39,16 +39,30 @@ fn check_shape(request: &JobRequest) -> Result<(), Refusal> {
     if request.disk_mib > DISK_MIB_MAX {
         return Err(Refusal::Invalid("disk_mib is at most 1048576"));
     }
+    if let Some(clones) = request.clones {
+        if request.template || request.moves.is_some() {
+            return Err(Refusal::Invalid("a clone is no template and comes from nowhere else"));
+        }
+        if clones.held_mib > MEM_MIB_MAX * 2 {
+            return Err(Refusal::Invalid("held_mib is more than any VM's memory"));
+        }
+    }
     if !(1..=TOKENS_PER_BOOT_MAX).contains(&request.tokens) {
         return Err(Refusal::Invalid("tokens is 1 to 65536"));
     }
     Ok(())
 }
 
-/// What is sold on each node and was not seen used yet. A node holds somewhat more for a VM than its RAM: about what
-/// is added here. Where that is too little, the node refuses a boot token and its money comes back.
+/// Memory that a VM takes from its node, MiB: of one that is no clone somewhat more than its RAM, about what is added
+/// here. Where that is too little, the node refuses a boot token and its money comes back.
+fn reserved_mib(request: &JobRequest) -> u32 {
+    let whole_mib = request.mem_mib + request.mem_mib / 64 + 24;
+    request.clones.map_or(whole_mib, |clones| clones.held_mib)
+}
+
+/// What is sold on each node and was not seen used yet.
 fn reserved(tx: &Tx<'_>) -> Result<HashMap<NodeId, Reserved>, Refusal> {
-    let sql = "SELECT node_id, CAST(sum(mem_mib + mem_mib / 64 + 24) AS BIGINT), count(*) FROM jobs \
+    let sql = "SELECT node_id, CAST(sum(reserved_mib) AS BIGINT), count(*) FROM jobs \
          WHERE settled_at IS NULL AND booted = 0 GROUP BY node_id";
     let rows = tx.rows(sql, params![], |row| {
         Ok((row.get(0)?, Reserved { mem_mib: row.get(1)?, slots: row.get(2)? }))
@@ -105,6 +119,10 @@ impl Broker {
         check_shape(request)?;
         let new = self.stock.take();
         self.ledger.act_once(account, &request.idempotency_key, &("job", request), |tx| {
+            let request = match request.clones {
+                Some(clones) => &at_template(tx, account, request, &clones.template.0)?,
+                None => request,
+            };
             let seen = self.nodes().choose(request, &reserved(tx)?, now)?;
             let guest = match request.moves {
                 Some(job) => moved_guest(tx, account, &job.0)?,
@@ -152,6 +170,12 @@ impl Broker {
             first_count: job.first_count,
             loader_sha256: request.loader_sha256.0,
             mem_mib: job.mem_mib,
+            held_mib: request.clones.map_or(job.mem_mib, |clones| clones.held_mib),
+            origin: match (request.clones, request.template) {
+                (Some(clones), _) => Origin::Clone(clones.template.0),
+                (None, true) => Origin::Template,
+                (None, false) => Origin::Loader,
+            },
             vcpus: job.vcpus,
             disk_mib: job.disk_mib,
             net_kib_s: request.net_kib_s,
@@ -237,6 +261,24 @@ fn moved_guest(tx: &Tx<'_>, account: &str, from: &JobId) -> Result<u32, Refusal>
     if from.is_open() { Ok(from.guest) } else { Err(Refusal::JobSettled) }
 }
 
+/// A clone's request, on the node where its template is.
+fn at_template(
+    tx: &Tx<'_>,
+    account: &str,
+    request: &JobRequest,
+    template: &JobId,
+) -> Result<JobRequest, Refusal> {
+    let template = jobs::find_own(tx, account, template)?;
+    if !template.is_open() {
+        return Err(Refusal::JobSettled);
+    }
+    let asked = (request.mem_mib, request.vcpus, request.disk_mib);
+    if asked != (template.mem_mib, template.vcpus, template.disk_mib) {
+        return Err(Refusal::Invalid("a clone has the shape of its template"));
+    }
+    Ok(JobRequest { node: Some(NodeChoice::Id(Hex(template.node_id))), ..request.clone() })
+}
+
 fn new_job(
     account: &str,
     request: &JobRequest,
@@ -254,6 +296,7 @@ fn new_job(
         incarnation: seen.hello.incarnation,
         guest,
         mem_mib: request.mem_mib,
+        reserved_mib: reserved_mib(request),
         vcpus: request.vcpus,
         disk_mib: request.disk_mib,
         value_micro: TOKEN_MICRO,

@@ -10,7 +10,7 @@ use onde_wire::chain;
 use onde_wire::key::{Key, job_key, node_key};
 use onde_wire::machine::Stage as VmStage;
 use onde_wire::packet::Op;
-use onde_wire::token::BootToken;
+use onde_wire::token::{BootToken, Origin};
 use stage::*;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -147,6 +147,28 @@ fn sells_a_boot_token_that_its_node_accepts_and_payments_that_lead_to_it() {
             ("credit", 1000 * token)
         ]
     );
+}
+
+#[test]
+fn a_clone_is_sold_where_its_template_is_to_whom_it_belongs() {
+    let stage = Stage::new();
+    let [owner, other] = ["a", "b"].map(|name| stage.operator.customer(name, 1000));
+    let whole: JobOpened = owner.post("/v1/jobs", &JobRequest { template: true, ..purchase(1) });
+    let origin = |opened: &JobOpened| {
+        let token = BootToken::parse(&opened.boot_token.0).expect("a boot token");
+        (token.origin, token.mem_mib, token.held_mib)
+    };
+    assert_eq!(origin(&whole), (Origin::Template, 64, 64));
+    let clones = Some(Clones { template: whole.job.id, held_mib: 8 });
+    let request = || JobRequest { clones, ..purchase(1) };
+    let opened: JobOpened = owner.post("/v1/jobs", &request());
+    assert_eq!(origin(&opened), (Origin::Clone(whole.job.id.0), 64, 8));
+    assert_eq!(opened.job.node, whole.job.node);
+    let larger = JobRequest { mem_mib: 128, ..request() };
+    check(&owner, "/v1/jobs", Some(&json(&larger)), (422, "invalid"));
+    let both = JobRequest { template: true, ..request() };
+    check(&owner, "/v1/jobs", Some(&json(&both)), (422, "invalid"));
+    check(&other, "/v1/jobs", Some(&json(&request())), (404, "not_found"));
 }
 
 #[test]

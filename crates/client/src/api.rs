@@ -213,6 +213,24 @@ pub struct JobRequest {
     #[serde(default)]
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
     pub moves: Option<Hex<16>>,
+    /// Whether the VM never runs, but is kept as a template for clones.
+    #[serde(default)]
+    pub template: bool,
+    /// For a clone: what of.
+    #[serde(default)]
+    pub clones: Option<Clones>,
+}
+
+/// A VM that shares the pages of a template on the same node until it writes them. Its upload is the template's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[cfg_attr(feature = "openapi", derive(ToSchema))]
+#[serde(deny_unknown_fields)]
+pub struct Clones {
+    /// The caller's open job that is the template; the clone has its shape.
+    #[cfg_attr(feature = "openapi", schema(value_type = String))]
+    pub template: Hex<16>,
+    /// All the memory that the clone may have for itself, MiB, and pays for. One that wants more is ended.
+    pub held_mib: u32,
 }
 
 /// A boot token and all that goes with it.

@@ -77,6 +77,9 @@ pub struct Job {
     pub guest_ipv4: Ipv4Addr,
     /// Memory, MiB.
     pub mem_mib: u32,
+    /// Memory that a clone may have for itself, MiB; 0 for any other VM.
+    #[serde(default)]
+    pub held_mib: u32,
     /// Number of vCPUs.
     pub vcpus: u16,
     /// Disk, MiB.
@@ -150,6 +153,7 @@ impl Job {
             node_ipv4: job.node_ipv4,
             guest_ipv4: job.guest_ipv4,
             mem_mib: job.mem_mib,
+            held_mib: 0,
             vcpus: job.vcpus,
             disk_mib: job.disk_mib,
             prices: opened.prices,
@@ -175,9 +179,10 @@ impl Job {
         }
     }
 
-    /// What was bought; `None` where the price list is not known.
+    /// What was bought; `None` where the price list is not known. A clone may come to pay for its template's memory, too.
     pub fn deal(&self) -> Option<Deal> {
-        let &Self { mem_mib, vcpus, disk_mib, value_micro, keep_s, .. } = self;
+        let &Self { vcpus, disk_mib, value_micro, keep_s, .. } = self;
+        let mem_mib = self.mem_mib.saturating_add(self.held_mib);
         let prices = self.prices?.into();
         Some(Deal { mem_mib, vcpus, disk_mib, value_micro, prices, keep_s })
     }
@@ -505,6 +510,7 @@ pub(crate) mod tests {
             node_ipv4: Ipv4Addr::LOCALHOST,
             guest_ipv4: Ipv4Addr::LOCALHOST,
             mem_mib: 256,
+            held_mib: 0,
             vcpus: 1,
             disk_mib: 0,
             prices: None,

@@ -55,6 +55,7 @@ impl NodeError {
                 }
                 Status::NodeFault => Some("nothing was charged; try another node"),
                 Status::Unpaid => Some("pay first: onde pay JOB N"),
+                Status::NoTemplate => Some("a clone needs a template that lives on the same node"),
                 _ => None,
             },
         }
@@ -91,6 +92,7 @@ fn words(status: Status) -> &'static str {
         Status::NoDisk => "it has no disk to keep this VM on",
         Status::Unpaid => "the job's balance does not cover that",
         Status::NotYet => "the VM is still being booted",
+        Status::NoTemplate => "the template is not there",
     }
 }
 

@@ -328,7 +328,7 @@ impl SnapshotFile {
         let mut state = Vec::new();
         let scanned = self.scan(|head, payload| {
             match head.kind {
-                Kind::Start | Kind::End => {}
+                Kind::Start | Kind::End | Kind::Pad => {}
                 Kind::Machine => state = payload.to_vec(),
                 Kind::Raw | Kind::Zero | Kind::Lz4 => stream.record(head, payload)?,
             }

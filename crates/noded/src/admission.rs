@@ -4,7 +4,7 @@
 use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
 use onde_wire::packet::Status;
 use onde_wire::plan::{self, Plan};
-use onde_wire::token::BootToken;
+use onde_wire::token::{BootToken, Origin};
 
 use crate::meter::burn_max;
 use crate::node::Config;
@@ -28,6 +28,29 @@ pub fn saved_mib(mem_mib: u32) -> u32 {
 const SAVED_BASE_MIB: u32 = 5;
 const SAVED_SHARE: u32 = 4096;
 const HELD_BASE_MIB: u32 = 24;
+
+/// Memory that a token's VM takes from the node, MiB, and its cgroup's limit. A clone's token says it whole: what its guest
+/// writes beyond that would be memory that others paid for, so such a clone ends. A template is there twice while its
+/// file is written.
+pub fn reserve_mib(token: &BootToken) -> u32 {
+    match token.origin {
+        Origin::Loader => held_mib(token.mem_mib),
+        Origin::Template => held_mib(token.mem_mib) + saved_mib(token.mem_mib),
+        Origin::Clone(_) => token.held_mib,
+    }
+}
+
+/// Whether a token asks for an amount of memory that its kind of VM can hold.
+fn holds_enough(token: &BootToken) -> bool {
+    match token.origin {
+        Origin::Clone(_) => (CLONE_MIB_MIN..=held_mib(token.mem_mib)).contains(&token.held_mib),
+        Origin::Loader | Origin::Template => token.held_mib == token.mem_mib,
+    }
+}
+
+/// Least memory of a clone, MiB: its VMM (README, figures: 1.4 MiB) and the kernel's tables for it, before its guest has
+/// written a page.
+const CLONE_MIB_MIN: u32 = 4;
 const HELD_SHARE: u32 = 64;
 
 /// The largest VM that fits `free_mib`: what HELLO calls free.
@@ -48,6 +71,7 @@ pub fn check(config: &Config, token: &BootToken, now_ms: u64) -> Result<(), Stat
         && (MEM_MIB_MIN..=MEM_MIB_MAX).contains(&token.mem_mib)
         && (1..=VCPUS_MAX).contains(&token.vcpus)
         && (1..=VALUE_MAX).contains(&token.value_micro)
+        && holds_enough(token)
         && (1..=30).contains(&token.prefix_len)
         && is_guest_ipv4(&config.plan, token.ipv4)
         && is_guest_mac(config, token.mac);
@@ -100,8 +124,9 @@ mod tests {
         check_that(|t| t.expiry_ms = 999, Err(Status::Expired));
         check_that(|t| t.expiry_ms = 1000, Ok(()));
         check_that(|t| t.node = [0; 16], Err(Status::BadLimits));
-        check_that(|t| t.mem_mib = MEM_MIB_MIN - 1, Err(Status::BadLimits));
-        check_that(|t| t.mem_mib = MEM_MIB_MAX + 1, Err(Status::BadLimits));
+        check_that(|t| (t.mem_mib, t.held_mib) = (63, 63), Err(Status::BadLimits));
+        check_that(|t| (t.mem_mib, t.held_mib) = (65537, 65537), Err(Status::BadLimits));
+        check_that(|t| t.held_mib = 127, Err(Status::BadLimits));
         check_that(|t| t.vcpus = 0, Err(Status::BadLimits));
         check_that(|t| t.vcpus = 3, Err(Status::NoRoom));
         check_that(|t| t.disk_mib = 1, Err(Status::NoRoom));
@@ -120,6 +145,18 @@ mod tests {
             check_that(|t| t.mac = mac, Err(Status::BadLimits));
         }
         check_that(|t| t.ipv4 = [10, 0, 0, 1], Ok(()));
+    }
+
+    #[test]
+    fn only_a_clone_may_hold_less_than_its_memory() {
+        let clone = |held_mib| {
+            move |t: &mut BootToken| (t.origin, t.held_mib) = (Origin::Clone([1; 16]), held_mib)
+        };
+        check_that(clone(CLONE_MIB_MIN - 1), Err(Status::BadLimits));
+        check_that(clone(CLONE_MIB_MIN), Ok(()));
+        check_that(clone(held_mib(128)), Ok(()));
+        check_that(clone(held_mib(128) + 1), Err(Status::BadLimits));
+        check_that(|t| t.origin = Origin::Template, Ok(()));
     }
 
     #[test]

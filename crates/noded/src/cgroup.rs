@@ -178,6 +178,13 @@ impl Cgroup {
         usage_us(&text[..size]).ok_or_else(|| io::Error::other("cpu.stat has no usage_usec"))
     }
 
+    /// Whether something in it was killed because all of it may hold no more memory. Never where it is not capped.
+    pub fn is_out_of_memory(&self) -> bool {
+        let events = fs::read_to_string(self.path.join("memory.events")).unwrap_or_default();
+        let kills = events.lines().find_map(|line| line.strip_prefix("oom_kill "));
+        kills.is_some_and(|kills| kills != "0")
+    }
+
     /// Kills all that is in it.
     pub fn kill(&self) -> io::Result<()> {
         fs::write(self.path.join("cgroup.kill"), "1")

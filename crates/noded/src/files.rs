@@ -5,6 +5,7 @@
 use std::ffi::CStr;
 use std::fs::File;
 use std::io;
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::MetadataExt;
 
 use onde_wire::machine::{CONSOLE_RING_SIZE, PAGE_SIZE};
@@ -34,6 +35,15 @@ impl Files {
             disk: of(c"disk", spec.disk_mib)?,
             saved: of(c"saved", spec.saved_mib)?,
         })
+    }
+
+    /// The files of a clone of the template that these are of, whose machine it can read and not write.
+    pub fn of_clone(&self) -> io::Result<Self> {
+        let saved = self.saved.as_ref().ok_or(io::ErrorKind::NotFound)?;
+        // A description of its own: the access mode is the description's.
+        let saved = File::open(format!("/proc/self/fd/{}", saved.as_raw_fd()))?;
+        let console = memory(c"console", PAGE_SIZE + CONSOLE_RING_SIZE)?;
+        Ok(Self { console, disk: None, saved: Some(saved) })
     }
 
     /// MiB that the machine takes, rounded up.
@@ -73,8 +83,12 @@ mod tests {
         file.write_all_at(&vec![1; 1 << 20], 100).unwrap();
         assert_eq!(files.saved_mib(), 2);
         assert!(file.write_all_at(&[1; 2], (4 << 20) - 1).is_err(), "beyond its end");
-        files.empty().unwrap();
+        let clone = files.of_clone().unwrap().saved.unwrap();
         let mut byte = [9];
+        clone.read_exact_at(&mut byte, 200).unwrap();
+        assert_eq!(byte, [1]);
+        assert!(clone.write_all_at(&[2], 200).is_err(), "a clone wrote to its template");
+        files.empty().unwrap();
         file.read_exact_at(&mut byte, 200).unwrap();
         assert_eq!((files.saved_mib(), byte, file.metadata().unwrap().len()), (0, [0], 4 << 20));
     }

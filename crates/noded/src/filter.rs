@@ -12,7 +12,7 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 
 use onde_sys::bpf::{self, Insn, Table, Width, XDP_DROP, XDP_PASS};
-use onde_wire::plan::SLOTS_MAX;
+use onde_wire::plan::VMS_MAX;
 
 /// A MAC and an address that a VM may send from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -24,7 +24,7 @@ pub struct Pair {
 }
 
 /// Most taps: one for each slot, and as many again that are on their way out.
-const TAPS_MAX: u32 = 2 * SLOTS_MAX;
+const TAPS_MAX: u32 = 2 * VMS_MAX;
 /// Bytes of a pair in the table: MAC, two zeros, address.
 const PAIR_SIZE: usize = 12;
 /// Bytes of an entry: two pairs, then the four numbers of the rate limit.

@@ -27,8 +27,8 @@ use crate::world::World;
 /// Memory that stays with the kernel and our own programs whatever VMs do, MiB: 16 for `noded` and `packetd`,
 /// the rest for page cache, slabs and network buffers of a busy node.
 const RESERVE_MIB: u64 = 64;
-/// Most open files: ten for each of 253 slots, and room.
-const FILES_MAX: u64 = 8192;
+/// Most open files: eight for each VM, two more for a template, as many taps on their way out, and room.
+const FILES_MAX: u64 = 16_384;
 /// Ahead of VMs, which would else delay charges and answers when all processors are busy.
 const PRIORITY: i32 = -10;
 /// The tap that the filter is attached to first.

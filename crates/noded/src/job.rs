@@ -9,6 +9,7 @@
 //!                      |                        +--> (ending)         v     |
 //!                      +---------------- resumed ------------------ (waking)
 //! ```
+//! A template goes from Booting to (saving) when it would run, and then it is a Template, which never wakes up.
 //! `end(reason)` leads from everywhere to (ending), and `gone` from there to Ended, Stopped or Purged. While ending,
 //! saving or waking the stage stays what it was. While ending nothing is charged any more and payments are refused.
 //! [`descent`] has what each step has to pay before.
@@ -18,7 +19,9 @@ mod descent;
 use onde_wire::chain::{self, STEPS_MAX};
 use onde_wire::machine::{Meter, Stage};
 use onde_wire::packet::{EndReason, JobStatus, Status};
-use onde_wire::token::{BootToken, Certificate, Incarnation, NodeId, PaymentToken, Renewal};
+use onde_wire::token::{
+    BootToken, Certificate, Incarnation, NodeId, Origin, PaymentToken, Renewal,
+};
 
 use crate::meter::{Held, Meters, Reading, Terms, burn_held, burn_max, held_running};
 
@@ -78,8 +81,10 @@ pub struct Job {
     can_save: bool,
     /// SUSPEND came, and the saving has not begun.
     suspend_asked: bool,
-    /// Disk that its machine takes now, MiB.
+    /// Disk that its machine takes now, or a template's memory, MiB.
     saved_mib: u32,
+    /// Memory of a template that is gone, which it pays for besides its own, MiB.
+    inherited_mib: u32,
     /// Once saved it wakes up by itself when there is enough to pay for that.
     wakes_by_itself: bool,
     /// The newest chain value accepted.
@@ -126,6 +131,7 @@ impl Job {
             can_save: room_mib > 0,
             suspend_asked: false,
             saved_mib: 0,
+            inherited_mib: 0,
             wakes_by_itself: false,
             value: token.anchor,
             last_index: token.first_count,
@@ -172,9 +178,29 @@ impl Job {
         matches!(self.stage, Stage::Ended | Stage::Stopped | Stage::Purged)
     }
 
-    /// Whether it is on disk, its VM perhaps about to wake up.
+    /// Whether it is in its file: on disk, its VM perhaps about to wake up, or as a template.
     pub fn is_saved(&self) -> bool {
-        self.stage == Stage::Suspended
+        matches!(self.stage, Stage::Suspended | Stage::Template)
+    }
+
+    /// Whether it is one that clones are made of, or will be.
+    pub fn is_template(&self) -> bool {
+        self.token.origin == Origin::Template
+    }
+
+    /// Memory that it pays for now, MiB.
+    pub fn held_mib(&self) -> u32 {
+        self.held().mem_mib
+    }
+
+    /// It pays for so much more memory: pages of a template that is gone.
+    pub fn inherit(&mut self, mib: u32) {
+        self.inherited_mib += mib;
+    }
+
+    /// Its shape as it is charged for now.
+    fn shape(&self) -> BootToken {
+        BootToken { held_mib: self.token.held_mib + self.inherited_mib, ..self.token }
     }
 
     /// Whether it is being written to disk.
@@ -297,15 +323,16 @@ impl Job {
 
     /// What is held now, and by whose will: while the node writes or reads a file, its VM has no use of its memory.
     fn held(&self) -> Held {
-        let running = held_running(&self.token);
+        let running = held_running(&self.shape());
         match self.stage {
             Stage::Booting | Stage::Running | Stage::Low if !self.is_saving() => running,
+            Stage::Template => Held { mem_mib: self.saved_mib, disk_mib: 0 },
             _ => Held { mem_mib: 0, disk_mib: running.disk_mib + self.saved_mib },
         }
     }
 
     fn judge(&mut self) -> Verdict {
-        let is_free = burn_max(&self.terms.prices, &self.token) == 0;
+        let is_free = burn_max(&self.terms.prices, &self.shape()) == 0;
         if self.suspend_asked && !self.is_saving() {
             return Verdict::Save;
         }
@@ -313,7 +340,7 @@ impl Job {
             return Verdict::Goes;
         }
         match self.stage {
-            Stage::Suspended => self.judge_saved(),
+            Stage::Suspended | Stage::Template => self.judge_saved(),
             Stage::Running | Stage::Low if self.can_save && self.left_micro() == 0 => {
                 self.stage = Stage::Low;
                 Verdict::Save
@@ -409,7 +436,8 @@ impl Job {
     /// charged just now; for the time of writing nothing is charged.
     pub fn save(&mut self, now_ms: u64) {
         self.doing = Doing::Saving(now_ms, false);
-        self.wakes_by_itself = !std::mem::take(&mut self.suspend_asked);
+        let was_asked = std::mem::take(&mut self.suspend_asked);
+        self.wakes_by_itself = !was_asked && !self.is_template();
         self.skips_reading = true;
     }
 
@@ -470,8 +498,8 @@ impl Job {
         match self.doing {
             Doing::Saving(_, true) => {
                 // What a file has beside memory is the node's affair.
-                (self.stage, self.saved_mib, self.charged_ms) =
-                    (Stage::Suspended, saved_mib.min(self.token.mem_mib), now_ms);
+                self.stage = if self.is_template() { Stage::Template } else { Stage::Suspended };
+                (self.saved_mib, self.charged_ms) = (saved_mib.min(self.token.mem_mib), now_ms);
             }
             // What did not work once waits for somebody who asks for it.
             Doing::Waking(..) => self.wakes_by_itself = false,

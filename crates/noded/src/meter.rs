@@ -97,13 +97,13 @@ fn sent_max(shape: &BootToken) -> u64 {
 
 /// What a VM of this shape holds while it runs.
 pub fn held_running(shape: &BootToken) -> Held {
-    Held { mem_mib: shape.mem_mib, disk_mib: shape.disk_mib }
+    Held { mem_mib: shape.held_mib, disk_mib: shape.disk_mib }
 }
 
 /// The most micro-tokens a second that a VM of this shape can cost, rounded up.
 pub fn burn_max(prices: &Prices, shape: &BootToken) -> u64 {
     let sent = prices.cost_micro(0, 0, sent_max(shape), 0).saturating_add(1);
-    prices.busy_micro_per_s(shape.vcpus, shape.mem_mib, shape.disk_mib).saturating_add(sent)
+    prices.busy_micro_per_s(shape.vcpus, shape.held_mib, shape.disk_mib).saturating_add(sent)
 }
 
 #[cfg(test)]

@@ -1,7 +1,9 @@
 //! The node as pure state: who lives here, what each job paid, what has to happen next. [`Node::step`] takes
 //! an event and returns what the world is to do; [`crate::world`] does it, or a simulation pretends to.
-//! Never looks at a clock, a descriptor or a random number. [`keeping`] has the way to disk and back.
+//! Never looks at a clock, a descriptor or a random number. [`keeping`] has the way to disk and back,
+//! [`clones`] what is shared.
 
+mod clones;
 mod keeping;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -14,8 +16,8 @@ use onde_wire::packet::{
     Booted, CONSOLE_SLICE_MAX, ConsoleSlice, EndReason, Hello, Op, Packet, Paid, Party, Reply,
     Request, Status,
 };
-use onde_wire::plan::{self, Plan, SLOTS_MAX};
-use onde_wire::token::{BootToken, Incarnation, JobId, NodeId};
+use onde_wire::plan::{self, Plan, SLOTS_MAX, VMS_MAX};
+use onde_wire::token::{BootToken, Incarnation, JobId, NodeId, Origin};
 
 use crate::admission;
 use crate::job::{Job, Verdict};
@@ -90,10 +92,21 @@ pub struct Spec {
     pub net_kib_s: u32,
     /// Its own disk, MiB; 0 for none.
     pub disk_mib: u32,
-    /// Room on disk for its machine, MiB; 0 where it cannot be saved.
+    /// Size of the file for its machine, MiB; 0 where it cannot be saved.
     pub saved_mib: u32,
-    /// Its files are there since before, and its machine is in one of them.
-    pub wakes: bool,
+    /// What it starts from.
+    pub start: Start,
+}
+
+/// What a VM starts from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Start {
+    /// A loader, over the network.
+    Loader,
+    /// Its files, which are there since before: its machine is in one of them.
+    Saved,
+    /// The file of this job, a template.
+    Template(JobId),
 }
 
 /// What happened.
@@ -106,6 +119,8 @@ pub enum Event {
     Created(u32, bool),
     /// A VMM spoke.
     Vmm(u32, VmmEvent),
+    /// A VM wanted more memory than it may hold, so the kernel ended it: it will be gone.
+    OutOfMemory(u32),
     /// The counters asked for.
     Read(u32, Reading),
     /// The console bytes asked for.
@@ -172,7 +187,12 @@ impl fmt::Display for Note {
 struct Record {
     job: Job,
     tail: Tail,
-    /// Who waits for the VM to be made.
+    /// Memory of the node that it takes, MiB.
+    reserved_mib: u32,
+    /// How much of that are pages which clones share: a template's, or those that this clone answers for since the
+    /// template is gone.
+    shared_mib: u32,
+    /// Who waits for the VM to be made, or for a clone to run.
     boot: Option<Caller>,
     /// Who waits for the certificate: the last that asked.
     stop: Option<Caller>,
@@ -202,7 +222,7 @@ impl Node {
             certificate_key: Key::new(&key::certificate_key(&key)),
             key,
             jobs: BTreeMap::new(),
-            slots: vec![None; SLOTS_MAX as usize],
+            slots: vec![None; VMS_MAX as usize],
             next_slot: 0,
             mem_mib_free: config.mem_mib,
             disk_mib_free: config.disk_mib,
@@ -214,7 +234,7 @@ impl Node {
 
     /// The answer to HELLO, as a template for `packetd`.
     pub fn hello(&self, now_ms: u64) -> Packet {
-        let free = self.slots.iter().filter(|slot| slot.is_none()).count();
+        let free = self.slots[..SLOTS_MAX as usize].iter().filter(|slot| slot.is_none()).count();
         let hello = Hello {
             node: self.config.node,
             incarnation: self.config.incarnation,
@@ -244,6 +264,12 @@ impl Node {
             Event::Packet(cookie, packet) => self.packet(now_ms, cookie, &packet),
             Event::Created(slot, done) => self.created(now_ms, slot, done),
             Event::Vmm(slot, event) => self.vmm(now_ms, slot, event),
+            Event::OutOfMemory(slot) => {
+                if let Some(record) = self.tenant(slot) {
+                    record.job.end(now_ms, EndReason::OutOfMemory);
+                }
+                vec![]
+            }
             Event::Read(slot, reading) => self.charge(now_ms, slot, reading),
             Event::Console(caller, slice) => vec![self.reply(&caller, &Reply::Console(slice))],
             Event::Gone(slot, tail, saved_mib) => self.gone(now_ms, slot, tail, saved_mib),
@@ -298,17 +324,24 @@ impl Node {
     }
 
     fn boot(&mut self, now_ms: u64, caller: Caller, token: BootToken) -> Vec<Effect> {
-        let known = self.jobs.get(&caller.job).map(|record| &record.job);
-        match known {
-            Some(job) if !job.is_going() => self.refuse_boot(&caller, Status::Ended),
-            Some(job) if *job.token() != token => self.refuse_boot(&caller, Status::BadLimits),
-            Some(job) => match job.slot().filter(|_| !job.is_saved()) {
-                Some(slot) => vec![self.reply(&caller, &self.booted(job, slot))],
+        let known = self.jobs.get_mut(&caller.job);
+        match known.map(|record| (&record.job, &mut record.boot)) {
+            Some((job, _)) if !job.is_going() => self.refuse_boot(&caller, Status::Ended),
+            Some((job, _)) if *job.token() != token => self.refuse_boot(&caller, Status::BadLimits),
+            Some((_, Some(waiting))) => {
+                *waiting = caller;
+                vec![]
+            }
+            Some((job, None)) => match job.slot().filter(|_| !job.is_saved()) {
+                Some(slot) => {
+                    let reply = self.booted(&self.jobs[&caller.job].job, slot);
+                    vec![self.reply(&caller, &reply)]
+                }
                 // Where mstrap was there is nobody to talk to any more.
                 None => self.refuse_boot(&caller, Status::Ended),
             },
             None => match self.admit(now_ms, &token) {
-                Ok(slot) => self.create(now_ms, caller, token, slot),
+                Ok((slot, start)) => self.create(now_ms, caller, token, slot, start),
                 Err(status) => self.refuse_boot(&caller, status),
             },
         }
@@ -319,13 +352,14 @@ impl Node {
     }
 
     fn booted(&self, job: &Job, slot: u32) -> Reply {
-        let ipv4 = self.config.plan.mstrap(self.config.number, slot);
+        let ipv4 = self.boot_ipv4(job.token(), slot);
         Reply::Boot(Booted { mac: plan::mac(ipv4), ipv4, balance_micro: job.balance_micro() })
     }
 
-    /// The slot that this token's VM gets.
-    fn admit(&mut self, now_ms: u64, token: &BootToken) -> Result<u32, Status> {
+    /// The slot that this token's VM gets, and what it starts from.
+    fn admit(&mut self, now_ms: u64, token: &BootToken) -> Result<(u32, Start), Status> {
         admission::check(&self.config, token, now_ms)?;
+        let start = self.start_of(token)?;
         let there = self.slots.iter().flatten().chain(&self.saved);
         let mut living = there.map(|id| self.jobs[id].job.token());
         if living.any(|other| other.ipv4 == token.ipv4 || other.mac == token.mac) {
@@ -338,43 +372,52 @@ impl Node {
         if self.jobs.len() >= JOBS_MAX && !self.forget_oldest(now_ms) {
             return Err(Status::NoRoom);
         }
-        Ok(slot)
-    }
-
-    /// A slot for a VM, where there is memory for it.
-    fn free_slot(&self, token: &BootToken) -> Result<u32, Status> {
-        if admission::held_mib(token.mem_mib) > self.mem_mib_free {
-            return Err(Status::NoMemory);
-        }
-        (0..SLOTS_MAX)
-            .map(|i| (self.next_slot + i) % SLOTS_MAX)
-            .find(|slot| self.slots[*slot as usize].is_none())
-            .ok_or(Status::NoRoom)
+        Ok((slot, start))
     }
 
     /// Gives a slot and its memory to a job.
     fn occupy(&mut self, slot: u32, job: JobId, held_mib: u32) {
         self.slots[slot as usize] = Some(job);
-        self.next_slot = (slot + 1) % SLOTS_MAX;
+        if slot < SLOTS_MAX {
+            self.next_slot = (slot + 1) % SLOTS_MAX;
+        }
         self.mem_mib_free -= held_mib;
+        if let Some(record) = self.jobs.get_mut(&job) {
+            record.reserved_mib = held_mib;
+        }
     }
 
-    fn create(&mut self, now_ms: u64, caller: Caller, token: BootToken, slot: u32) -> Vec<Effect> {
-        // Room to be saved on is set aside as long as there is any: who gets none is told by STATUS.
+    fn create(
+        &mut self,
+        now_ms: u64,
+        caller: Caller,
+        token: BootToken,
+        slot: u32,
+        start: Start,
+    ) -> Vec<Effect> {
+        // Room to be saved on is set aside as long as there is any: who gets none is told by STATUS. A clone would hold
+        // more memory after that than it bought, and a template is not woken up.
         let saved_mib = admission::saved_mib(token.mem_mib);
         let fits = token.disk_mib.saturating_add(saved_mib) <= self.disk_mib_free;
-        let room_mib = if fits { saved_mib } else { 0 };
-        let spec = self.spec(&token, slot, room_mib);
-        let job = Job::new(token, slot, now_ms, &self.config.terms, room_mib);
+        let room_mib = if fits && token.origin == Origin::Loader { saved_mib } else { 0 };
+        let file_mib = if token.origin == Origin::Template { saved_mib } else { room_mib };
+        let spec = self.spec(&token, slot, file_mib, start);
+        let record = Record {
+            job: Job::new(token, slot, now_ms, &self.config.terms, room_mib),
+            tail: Tail::default(),
+            reserved_mib: 0,
+            shared_mib: 0,
+            boot: Some(caller),
+            stop: None,
+        };
         self.disk_mib_free -= token.disk_mib + room_mib;
-        let record = Record { job, tail: Tail::default(), boot: Some(caller), stop: None };
         self.jobs.insert(caller.job, record);
         self.occupy(slot, caller.job, spec.held_mib);
         vec![Effect::Create(slot, spec)]
     }
 
-    fn spec(&self, token: &BootToken, slot: u32, saved_mib: u32) -> Spec {
-        let boot_ipv4 = self.config.plan.mstrap(self.config.number, slot);
+    fn spec(&self, token: &BootToken, slot: u32, saved_mib: u32, start: Start) -> Spec {
+        let boot_ipv4 = self.boot_ipv4(token, slot);
         let identity = Identity {
             job: token.job,
             node: self.config.node,
@@ -384,23 +427,22 @@ impl Node {
             mem_bytes: u64::from(token.mem_mib) << 20,
             vcpus: token.vcpus.into(),
             tsc_khz: 0,
-            boot_mac: plan::mac(boot_ipv4),
+            boot_mac: if boot_ipv4 == token.ipv4 { token.mac } else { plan::mac(boot_ipv4) },
             boot_ipv4,
             mac: token.mac,
             ipv4: token.ipv4,
             gateway: token.gateway,
             prefix_len: token.prefix_len,
         };
-        let held_mib = admission::held_mib(token.mem_mib);
         Spec {
             identity,
             mem_mib: token.mem_mib,
-            held_mib,
+            held_mib: admission::reserve_mib(token),
             vcpus: token.vcpus,
             net_kib_s: token.net_kib_s,
             disk_mib: token.disk_mib,
             saved_mib,
-            wakes: false,
+            start,
         }
     }
 
@@ -412,27 +454,19 @@ impl Node {
 
     fn created(&mut self, now_ms: u64, slot: u32, done: bool) -> Vec<Effect> {
         let Some(record) = self.tenant(slot) else { return vec![] };
-        let (caller, meter) = (record.boot.take(), record.job.meter());
-        let mut effects = Vec::new();
-        if done {
-            effects.push(Effect::Publish(slot, meter));
-        } else {
+        if !done {
             if !record.job.is_waking() {
                 record.job.end(now_ms, EndReason::Fault);
             }
-            effects.extend(self.gone(now_ms, slot, Tail::default(), 0));
+            return self.gone(now_ms, slot, Tail::default(), 0);
         }
-        if let Some(caller) = caller {
-            let reply = match done {
-                true => self.booted(&self.jobs[&caller.job].job, slot),
-                false => Reply::Refused(Op::Boot, Status::NodeFault),
-            };
-            effects.push(self.reply(&caller, &reply));
-            if done {
-                effects.push(Effect::Note(caller.job, Note::Started(slot)));
-            }
-        }
-        effects
+        let shown = Effect::Publish(slot, record.job.meter());
+        let (id, is_new) = (record.job.token().job, record.boot.is_some());
+        // A clone is there when its guest runs.
+        let is_clone = matches!(record.job.token().origin, Origin::Clone(_));
+        let reply = if is_clone { None } else { self.answer_boot(slot) };
+        let note = is_new.then_some(Effect::Note(id, Note::Started(slot)));
+        [shown].into_iter().chain(reply).chain(note).collect()
     }
 
     /// Answers a payment, shows the guest its new balance, and wakes it up where that was what it waited for.
@@ -532,10 +566,11 @@ impl Node {
             // What did not wake up wrote nothing.
             record.tail = tail;
         }
+        let is_saved = record.job.is_saved();
         self.slots[slot as usize] = None;
-        self.mem_mib_free += admission::held_mib(record.job.token().mem_mib);
-        match record.job.is_saved() {
+        match is_saved {
             true => {
+                self.keep_memory(id);
                 self.saved.insert(id);
                 let note = if was_saved { Note::StaysSaved } else { Note::Saved(saved_mib) };
                 vec![Effect::Note(id, note)]
@@ -547,13 +582,15 @@ impl Node {
     /// A job that is over: nothing of it stays but its record.
     fn over(&mut self, now_ms: u64, id: JobId) -> Vec<Effect> {
         self.saved.remove(&id);
+        self.free_memory(id);
         let Some(record) = self.jobs.get_mut(&id) else { return vec![] };
         let caller = record.stop.take();
         let ended = record.job.status(now_ms);
         self.disk_mib_free += record.job.disk_mib();
         let note = Effect::Note(id, Note::Ended(ended.end, ended.spent_micro));
+        let refusal = self.never_there(id, ended.end);
         let answer = caller.map(|caller| self.certificate(&caller));
-        [Effect::Forget(id)].into_iter().chain(answer).chain([note]).collect()
+        [Effect::Forget(id)].into_iter().chain(refusal).chain(answer).chain([note]).collect()
     }
 
     fn timer(&mut self, now_ms: u64) -> Vec<Effect> {
@@ -562,7 +599,7 @@ impl Node {
             self.jobs.retain(|_, record| !record.is_old(now_ms, KEPT_MS));
         }
         let mut effects = Vec::new();
-        for slot in 0..SLOTS_MAX {
+        for slot in 0..VMS_MAX {
             let Some(job) = self.tenant(slot).map(|record| &record.job) else { continue };
             if job.is_going() && job.is_late(now_ms) {
                 effects.extend(self.late(now_ms, slot));

@@ -3,7 +3,7 @@
 use onde_wire::key;
 use onde_wire::packet::Prices;
 use onde_wire::plan::{self, Plan};
-use onde_wire::token::BootToken;
+use onde_wire::token::{BootToken, Origin};
 
 use crate::meter::Terms;
 use crate::node::Config;
@@ -53,6 +53,8 @@ pub fn token(number: u8) -> BootToken {
         first_count: 3,
         loader_sha256: [8; 32],
         mem_mib: 128,
+        held_mib: 128,
+        origin: Origin::Loader,
         vcpus: 1,
         disk_mib: 0,
         net_kib_s: 0,

@@ -25,7 +25,7 @@ use crate::cgroup::{Cgroup, Cgroups};
 use crate::files::{Files, memory};
 use crate::filter::{Attached, Filter, Pair};
 use crate::meter::Reading;
-use crate::node::Spec;
+use crate::node::{Spec, Start};
 
 /// First user id of VMMs; slot n runs as this plus n. Above all ids that a host gives to people and services.
 const FIRST_USER: u32 = 100_000;
@@ -115,7 +115,7 @@ impl Vm {
         let group = format!("vm-{serial}");
         let cgroup = place.cgroups.create(&group, spec.held_mib, spec.vcpus);
         let cgroup = cgroup.map_err(VmError::at("cgroup"))?;
-        let swap = cgroup.swap(spec.wakes);
+        let swap = cgroup.swap(spec.start == Start::Saved);
         let parts = Parts { tap: &network.tap, files, info: &info, cgroup: &cgroup };
         let started = swap.map_err(VmError::at("cgroup"));
         let started = started.and_then(|()| parts.start(place, slot, spec));
@@ -145,6 +145,11 @@ impl Vm {
     /// Lets its memory go to the scratch device, while its machine is there twice: in RAM and in its file; or no more.
     pub fn swap(&self, allowed: bool) -> io::Result<()> {
         self.cgroup.swap(allowed)
+    }
+
+    /// Whether the kernel ended it because it wanted more memory than its cgroup may have.
+    pub fn is_out_of_memory(&self) -> bool {
+        self.cgroup.is_out_of_memory()
     }
 
     /// Starts its end; the process is gone when it can be waited for.
@@ -276,8 +281,13 @@ impl Parts<'_> {
 
 fn arguments(spec: &Spec) -> Vec<CString> {
     let [mem, vcpus] = [spec.mem_mib.to_string(), spec.vcpus.to_string()];
-    let options =
-        [("--disk", spec.disk_mib > 0), ("--saved", spec.saved_mib > 0), ("--wakes", spec.wakes)];
+    let is_clone = matches!(spec.start, Start::Template(_));
+    let options = [
+        ("--disk", spec.disk_mib > 0),
+        ("--saved", spec.saved_mib > 0 || is_clone),
+        ("--wakes", spec.start == Start::Saved),
+        ("--clone", is_clone),
+    ];
     let options = options.into_iter().filter_map(|(name, is_on)| is_on.then_some(name));
     ["vmm", "--memory-mib", &mem, "--vcpus", &vcpus]
         .into_iter()

@@ -9,14 +9,14 @@ use std::thread::JoinHandle;
 
 use onde_wire::handover::Handover;
 use onde_wire::machine::{VmmCommand, VmmEvent};
-use onde_wire::plan::SLOTS_MAX;
+use onde_wire::plan::VMS_MAX;
 use onde_wire::token::JobId;
 use rustix::event::epoll;
 use rustix::process::Pid;
 
 use crate::cgroup::Cgroup;
 use crate::files::Files;
-use crate::node::{Effect, Event, Spec, Tail};
+use crate::node::{Effect, Event, Spec, Start, Tail};
 use crate::packetd::Packetd;
 use crate::vm::{Network, Place, Vm, VmError};
 
@@ -116,7 +116,7 @@ impl World {
     /// A world without VMs.
     pub fn new(place: Place, packetd: Packetd) -> io::Result<Self> {
         let poll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        let vms = (0..SLOTS_MAX).map(|_| None).collect();
+        let vms = (0..VMS_MAX).map(|_| None).collect();
         let undertaker = Undertaker::start()?;
         let (files, dying) = (BTreeMap::new(), Vec::new());
         Ok(Self { place, vms, files, serial: 0, dying, undertaker, poll, packetd })
@@ -215,14 +215,20 @@ impl World {
         self.vms.get_mut(slot as usize)?.as_mut()
     }
 
-    /// Makes a VM with new files, or with those that it had before.
+    /// Makes a VM with new files, with those that it had before, or with its template's.
     fn create(&mut self, slot: u32, spec: &Spec) -> Result<Vm, VmError> {
         let job = spec.identity.job;
-        if !spec.wakes {
-            let files = Files::new(spec).map_err(|error| VmError("files", error))?;
-            self.files.insert(job, files);
-        }
         let none = || VmError("files", io::ErrorKind::NotFound.into());
+        let files = match spec.start {
+            Start::Loader => Some(Files::new(spec)),
+            Start::Template(template) => {
+                Some(self.files.get(&template).ok_or_else(none)?.of_clone())
+            }
+            Start::Saved => None,
+        };
+        if let Some(files) = files {
+            self.files.insert(job, files.map_err(|error| VmError("files", error))?);
+        }
         let files = self.files.get(&job).ok_or_else(none)?;
         self.serial = (self.serial + 1) % SERIALS;
         Vm::create(&self.place, self.serial, slot, spec, files)
@@ -302,6 +308,9 @@ impl World {
             events.extend(heard.into_iter().map(|event| Event::Vmm(slot as u32, event)));
         }
         let Some(vm) = self.vms[slot].take() else { return vec![] };
+        if vm.is_out_of_memory() {
+            events.insert(0, Event::OutOfMemory(slot as u32));
+        }
         let tail = vm.console_end().map_or(Tail::default(), |slice| Tail {
             total: slice.total,
             bytes: slice.data[..slice.len.into()].to_vec(),

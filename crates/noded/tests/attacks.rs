@@ -73,6 +73,8 @@ impl Attacked {
             first_count: FIRST,
             loader_sha256: [8; 32],
             mem_mib: 128,
+            held_mib: 128,
+            origin: onde_wire::token::Origin::Loader,
             vcpus: 1,
             disk_mib: 0,
             net_kib_s: 0,

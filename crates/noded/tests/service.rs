@@ -18,7 +18,7 @@ use onde_wire::key::{self, Key};
 use onde_wire::machine::Stage;
 use onde_wire::packet::{EndReason, Hello, JobStatus, Op, Packet, Reply, Request, Status};
 use onde_wire::plan::Plan;
-use onde_wire::token::BootToken;
+use onde_wire::token::{BootToken, Origin};
 
 const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 const PRICES: &str = "price.vcpu_s=800000\nprice.gib_s=200000\nprice.gib_sent=1000000\n\
@@ -169,6 +169,8 @@ impl Service {
             first_count: 1,
             loader_sha256: [0; 32],
             mem_mib,
+            held_mib: mem_mib,
+            origin: Origin::Loader,
             vcpus: 1,
             disk_mib: 0,
             net_kib_s: 0,

@@ -35,7 +35,8 @@ pub enum Command {
     /// Boot a kernel of your own in a virtual machine, or wake up what a snapshot holds
     ///
     /// With --from, the VM goes on where its snapshot was taken, with the snapshot's memory size and processors, but
-    /// with addresses, a name and random numbers of its own. One file wakes up any number of times.
+    /// with addresses, a name and random numbers of its own. One file wakes up any number of times; with -n, it goes to one
+    /// node once, and the VMs there share what none of them has written.
     Boot(Boot),
     /// Copy a job's running VM into a file
     ///
@@ -274,7 +275,7 @@ pub struct JobName {
 }
 
 /// What to buy.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Order {
     /// Number of the node [default: the cheapest that fits]
     #[arg(long, value_name = "N")]
@@ -346,7 +347,7 @@ pub struct Boot {
     #[command(flatten)]
     pub order: Order,
     /// The kernel: bzImage, or ELF file with or without a PVH note
-    #[arg(long, value_name = "FILE", required_unless_present = "from")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["from", "clone"])]
     pub kernel: Option<PathBuf>,
     /// The initramfs
     #[arg(long, value_name = "FILE")]
@@ -360,9 +361,18 @@ pub struct Boot {
     /// Go on where this snapshot was taken
     #[arg(long, value_name = "FILE", conflicts_with_all = ["kernel", "initrd", "cmdline", "follow", "memory", "vcpus"])]
     pub from: Option<PathBuf>,
-    /// Number of VMs to make of the snapshot; each has the budget to itself
+    /// Keep the snapshot on the node as a template, for --clone; nothing runs in it
+    #[arg(long, requires = "from", conflicts_with = "count")]
+    pub template: bool,
+    /// Go on where this template was taken, on its node
+    #[arg(long, value_name = "JOB", conflicts_with_all = ["kernel", "from", "initrd", "cmdline", "follow", "memory", "vcpus", "node"])]
+    pub clone: Option<String>,
+    /// Most memory that each clone may have for itself, MiB, and pays for; one that wants more is ended [default: all]
+    #[arg(long, value_name = "MiB")]
+    pub held: Option<u32>,
+    /// Number of VMs to make of the snapshot or template; each has the budget to itself
     #[arg(short = 'n', long, value_name = "N", default_value_t = 1, conflicts_with = "kernel")]
-    #[arg(value_parser = clap::value_parser!(u16).range(1..=256))]
+    #[arg(value_parser = clap::value_parser!(u16).range(1..=1000))]
     pub count: u16,
 }
 

@@ -3,7 +3,7 @@
 mod account;
 mod boot;
 mod broker;
-mod console;
+pub mod console;
 mod context;
 mod docs;
 mod fork;
@@ -43,9 +43,10 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
             eprintln!("{}", crate::failure::lines(&error));
             ExitCode::from(FAILED)
         })),
-        Command::Boot(boot) => match &boot.from {
-            Some(file) => wake::run(context, file, boot.count, &boot.order, &report),
-            None => boot::run(context, &boot, &report),
+        Command::Boot(boot) => match (&boot.from, &boot.clone) {
+            (Some(file), _) => wake::run(context, file, &boot, &report),
+            (None, Some(template)) => wake::clones(template, &boot, &report),
+            (None, None) => boot::run(context, &boot, &report),
         },
         Command::Snapshot { job, output, json } => {
             done(snapshot::run(&job.job, &output, json, &report))
@@ -94,7 +95,7 @@ fn done(result: Result<()>) -> Result<ExitCode> {
 }
 
 /// Writes to standard output; unlike `print!` it fails where the reader is gone.
-fn print(text: &str) -> Result<()> {
+pub fn print(text: &str) -> Result<()> {
     print_bytes(text.as_bytes())
 }
 

@@ -43,6 +43,8 @@ pub struct Machine<'a> {
     /// What it runs, for people.
     pub title: String,
     pub has_agent: bool,
+    /// Whether it is kept for clones instead of running.
+    pub is_template: bool,
 }
 
 /// What its memory holds.
@@ -110,6 +112,8 @@ pub fn launch(
         loader_sha256: Hex(sha256(&loader)),
         tokens: first,
         moves: None,
+        template: machine.is_template,
+        clones: None,
     };
     let opened = buy(&cluster.broker, &request)?;
     let mut job = Job::new(&opened, &machine.title, &cluster.name, budget);
@@ -165,7 +169,7 @@ fn keep(cluster: &Arc<Cluster>, job: &Job, interrupt: &Interrupt, report: &Repor
 }
 
 /// What shows progress, as the order says.
-fn watch(order: &Order) -> Result<Option<Watch>> {
+pub fn watch(order: &Order) -> Result<Option<Watch>> {
     if order.while_command.is_none() && order.progress_file.is_none() {
         return Ok(None);
     }

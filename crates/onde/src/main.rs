@@ -17,6 +17,7 @@ mod progress;
 mod report;
 mod settle;
 mod table;
+mod template;
 mod terminal;
 mod wallet;
 

@@ -115,7 +115,7 @@ impl<'a> Io<'a> {
             Ok(Some(VmmCommand::PayDone(accepted))) => self.machine.noded.pay_done(accepted),
             Ok(Some(VmmCommand::Go)) => self.machine.noded.leave(),
             Ok(Some(VmmCommand::PowerButton)) => self.machine.press_power_button(),
-            Ok(Some(VmmCommand::Save)) => self.save_wanted = true,
+            Ok(Some(VmmCommand::Save)) => self.save_wanted = !self.machine.noded.save_instead(),
             Ok(None) => {}
             Err(_) => self.machine.end(Outcome::Abandoned),
         }

@@ -4,12 +4,11 @@
 //!
 //! ```text
 //!   new -> mstrap runs -> RESUME (hand_over) -> guest runs -> BOOT dropped -> end(outcome)
+//!    \-> in its file, or a template's ----------^
 //! ```
 
 mod copying;
 mod saving;
-
-pub use copying::Source;
 
 use std::fs::File;
 use std::io::Read;
@@ -42,7 +41,7 @@ use crate::virtio::mmio::{QUEUE_NOTIFY, Slot};
 use crate::virtio::net::{Arrivals, Net};
 use crate::virtio::rng::Rng;
 use crate::virtio::{Device, Interrupt};
-use crate::{acpi, mstrap};
+use crate::{acpi, mstrap, saved};
 
 /// The shape of a machine, from the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +61,17 @@ impl Shape {
     }
 }
 
+/// Where a machine's memory and state come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// A loader writes them.
+    Loader,
+    /// Its file: it was saved.
+    Saved,
+    /// Its file, which is a template that it shares: it is a clone.
+    Template,
+}
+
 /// How a machine ended.
 #[derive(Debug)]
 pub enum Outcome {
@@ -71,6 +81,8 @@ pub enum Outcome {
     Reset,
     /// The machine is in its file.
     Saved,
+    /// The machine, of which this is the state, is to be saved before its first instruction.
+    Kept(Vec<u8>),
     /// `noded` closed its socket: nobody pays for this machine any more.
     Abandoned,
     /// The VMM cannot go on.
@@ -109,8 +121,8 @@ pub struct Machine {
     job: JobId,
     /// Where the machine is saved to.
     saved: Option<File>,
-    /// The machine that this one goes on from, until its first vCPU takes it.
-    waking: Mutex<Option<Source>>,
+    /// The state of the machine that this one goes on from, until its first vCPU takes it.
+    waking: Mutex<Option<Vec<u8>>>,
     // Never read after start: a slot refers to it as long as the VM lives.
     _info: MmapRegion,
     tap: RawFd,
@@ -125,22 +137,31 @@ pub struct Machine {
 pub struct Built {
     /// The machine.
     pub machine: Arc<Machine>,
-    /// Its vCPUs, the first at mstrap's entry point.
+    /// Its vCPUs.
     pub vcpus: Vec<Vcpu>,
     /// What the I/O thread listens to.
     pub doorbells: Vec<Doorbell>,
 }
 
-/// Builds a machine; mstrap is in place and its first vCPU about to run.
-pub fn build(shape: Shape, given: Descriptors) -> Result<Built, Fault> {
+/// Builds a machine; its first vCPU is about to run mstrap, or to go on where another one stopped.
+pub fn build(shape: Shape, origin: Origin, given: Descriptors) -> Result<Built, Fault> {
     let info = map_info(given.info)?;
     let identity = read_identity(&info)?;
-    let memory = Memory::new(shape.mem_bytes)?;
+    let (memory, waking) = match (origin, &given.saved) {
+        (Origin::Template, Some(file)) => {
+            let template = saved::find(file, &shape)?;
+            let memory = Memory::of_clone(shape.mem_bytes, file, &template.pieces)?;
+            (memory, Some(template.state))
+        }
+        _ => (Memory::new(shape.mem_bytes)?, None),
+    };
     let view = memory.ram_and_boot.clone();
     let checkpoint = Checkpoint::new(memory.ram.clone(), shape.mem_bytes)?;
     let vm = Vm::new(given.kvm, &view, &info, &checkpoint.windows())?;
     let vcpus = create_vcpus(&vm, shape.vcpus)?;
-    vcpus[0].enter_mstrap(load_mstrap(given.mstrap, &view, shape.mem_bytes)?)?;
+    if origin == Origin::Loader {
+        vcpus[0].enter_mstrap(load_mstrap(given.mstrap, &view, shape.mem_bytes)?)?;
+    }
     write_tsc_khz(&info, vcpus[0].tsc_khz()?)?;
 
     let arrivals = Arc::new(Arrivals::default());
@@ -167,7 +188,7 @@ pub fn build(shape: Shape, given: Descriptors) -> Result<Built, Fault> {
         io_turn: Mutex::default(),
         job: identity.job,
         saved: given.saved,
-        waking: Mutex::new(None),
+        waking: Mutex::new(waking),
         _info: info,
         tap,
         handed_over: AtomicBool::new(false),
@@ -175,6 +196,9 @@ pub fn build(shape: Shape, given: Descriptors) -> Result<Built, Fault> {
         ended: AtomicBool::new(false),
         outcome: Mutex::new(None),
     };
+    if origin == Origin::Saved {
+        machine.read_saved()?;
+    }
     Ok(Built { machine: Arc::new(machine), vcpus, doorbells })
 }
 
@@ -284,6 +308,9 @@ impl Machine {
 
     /// The guest runs: asks the I/O thread to drop BOOT when it no longer delays the start.
     pub fn drop_boot_soon(&self) {
+        if !self.memory().has_boot() {
+            return;
+        }
         self.boot_is_over.store(true, Ordering::SeqCst);
         self.wake_io();
     }

@@ -32,7 +32,7 @@ use descriptors::Descriptors;
 use fault::{Context, Fault, Part};
 use io::Io;
 use kvm::vcpu::{Vcpu, kick_signal};
-use machine::{Built, Machine, Outcome, Shape};
+use machine::{Built, Machine, Origin, Outcome, Shape};
 
 /// A vCPU thread calls a few functions deep and keeps 4 KiB of random bytes at most.
 const STACK_SIZE: usize = 128 << 10;
@@ -62,22 +62,16 @@ struct Arguments {
     shape: Shape,
     /// The machine may be saved to a file.
     has_saved: bool,
-    /// That file holds a machine, which goes on.
-    wakes: bool,
+    /// What of it is there already.
+    origin: Origin,
 }
 
 /// Runs a machine to its end. On success it powered off, reset or is in its file; `noded` was told in any case.
 fn run(arguments: Arguments) -> Result<(), Fault> {
-    let Arguments { shape, has_saved, wakes } = arguments;
+    let Arguments { shape, has_saved, origin } = arguments;
     let given = Descriptors::take(shape.has_disk, has_saved)?;
     let early = given.control.try_clone().fault(Part::Descriptors, "clone the control socket")?;
-    let built = machine::build(shape, given).and_then(|built| {
-        if wakes {
-            built.machine.read_saved()?;
-        }
-        Ok(built)
-    });
-    let built = built.inspect_err(|fault| {
+    let built = machine::build(shape, origin, given).inspect_err(|fault| {
         let _ = early.send(&VmmEvent::Fault(fault.part as u32).emit());
     })?;
     drop(early);
@@ -136,6 +130,10 @@ fn report(machine: &Machine, outcome: Outcome) -> Result<(), Fault> {
         Outcome::PowerOff => machine.noded.tell(VmmEvent::PowerOff),
         Outcome::Reset => machine.noded.tell(VmmEvent::Reset),
         Outcome::Saved => machine.noded.tell(VmmEvent::Saved),
+        Outcome::Kept(state) => {
+            let written = machine.write_to_file(&state);
+            return report(machine, written.map_or_else(Outcome::Fault, |()| Outcome::Saved));
+        }
         Outcome::Abandoned => return Err(Fault::new(Part::Io, "noded closed the control socket")),
         Outcome::Fault(fault) => {
             machine.noded.tell(VmmEvent::Fault(fault.part as u32));
@@ -146,12 +144,13 @@ fn report(machine: &Machine, outcome: Outcome) -> Result<(), Fault> {
 }
 
 impl Arguments {
-    /// `--memory-mib N --vcpus N [--disk] [--saved] [--wakes]`
+    /// `--memory-mib N --vcpus N [--disk] [--saved [--wakes | --clone]]`
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, Fault> {
-        const USAGE: &str = "usage: vmm --memory-mib N --vcpus N [--disk] [--saved [--wakes]]";
+        const USAGE: &str =
+            "usage: vmm --memory-mib N --vcpus N [--disk] [--saved [--wakes | --clone]]";
         let bad = |what: &str| Fault::new(Part::Arguments, format!("{what}; {USAGE}"));
         let (mut mem_mib, mut vcpus, mut has_disk) = (None, None, false);
-        let (mut has_saved, mut wakes) = (false, false);
+        let (mut has_saved, mut origin) = (false, Origin::Loader);
         while let Some(word) = words.next() {
             let mut number = || words.next().and_then(|value| value.parse::<u32>().ok());
             match word.as_str() {
@@ -159,7 +158,8 @@ impl Arguments {
                 "--vcpus" => vcpus = number(),
                 "--disk" => has_disk = true,
                 "--saved" => has_saved = true,
-                "--wakes" => wakes = true,
+                "--wakes" => origin = Origin::Saved,
+                "--clone" => origin = Origin::Template,
                 _ => return Err(bad(&format!("unknown argument {word}"))),
             }
         }
@@ -169,11 +169,11 @@ impl Arguments {
         let vcpus = vcpus
             .filter(|count| (1..=u32::from(VCPUS_MAX)).contains(count))
             .ok_or_else(|| bad(&format!("vCPUs must be 1 to {VCPUS_MAX}")))?;
-        if wakes && !has_saved {
-            return Err(bad("nothing to wake up from"));
+        if origin != Origin::Loader && !has_saved {
+            return Err(bad("nothing to go on from"));
         }
         let shape = Shape { mem_bytes: u64::from(mem_mib) << 20, vcpus, has_disk };
-        Ok(Self { shape, has_saved, wakes })
+        Ok(Self { shape, has_saved, origin })
     }
 }
 
@@ -181,20 +181,21 @@ impl Arguments {
 mod tests {
     use super::*;
 
-    fn check(line: &str, expect: Option<(Shape, bool, bool)>) {
+    fn check(line: &str, expect: Option<(Shape, bool, Origin)>) {
         let parsed = Arguments::parse(line.split_whitespace().map(String::from)).ok();
-        let parsed = parsed.map(|parsed| (parsed.shape, parsed.has_saved, parsed.wakes));
+        let parsed = parsed.map(|parsed| (parsed.shape, parsed.has_saved, parsed.origin));
         assert_eq!(parsed, expect, "{line}");
     }
 
     #[test]
     fn shapes_have_limits() {
         let shape = Shape { mem_bytes: 128 << 20, vcpus: 2, has_disk: false };
-        check("--memory-mib 128 --vcpus 2", Some((shape, false, false)));
+        check("--memory-mib 128 --vcpus 2", Some((shape, false, Origin::Loader)));
         let with_disk = Shape { has_disk: true, ..shape };
-        check("--disk --vcpus 2 --memory-mib 128", Some((with_disk, false, false)));
-        check("--saved --vcpus 2 --memory-mib 128", Some((shape, true, false)));
-        check("--vcpus 2 --memory-mib 128 --saved --wakes", Some((shape, true, true)));
+        check("--disk --vcpus 2 --memory-mib 128", Some((with_disk, false, Origin::Loader)));
+        check("--saved --vcpus 2 --memory-mib 128", Some((shape, true, Origin::Loader)));
+        check("--vcpus 2 --memory-mib 128 --saved --wakes", Some((shape, true, Origin::Saved)));
+        check("--vcpus 2 --memory-mib 128 --saved --clone", Some((shape, true, Origin::Template)));
         check("--vcpus 2 --memory-mib 128 --wakes", None);
         check("--memory-mib 16 --vcpus 2", None);
         check("--memory-mib 128 --vcpus 65", None);

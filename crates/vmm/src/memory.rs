@@ -10,9 +10,13 @@ use onde_wire::machine::{
 };
 use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionMmap};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap,
+};
 
 use crate::fault::{Context, Fault, Part};
+use crate::saved::Piece;
 
 /// Guest-physical memory that a device or the VMM may touch, bounds checked at every access. Notes which pages are
 /// written: KVM knows of the guest's own writes only.
@@ -45,7 +49,8 @@ impl Memory {
     pub fn new(mem_bytes: u64) -> Result<Self, Fault> {
         let mut regions = Vec::new();
         for (start, size) in ram_ranges(mem_bytes) {
-            regions.push(Arc::new(ram_region(start, size)?));
+            let region = ram_region(start, size, rustix::mm::Advice::LinuxHugepage)?;
+            regions.push(Arc::new(region));
         }
         let boot = anonymous(BOOT_SIZE)?;
         let boot = GuestRegionMmap::new(boot, GuestAddress(BOOT_START))
@@ -54,6 +59,23 @@ impl Memory {
         let with_boot =
             ram.insert_region(Arc::new(boot)).fault(Part::Memory, "collect RAM and BOOT")?;
         Ok(Self { ram: Arc::new(ram), ram_and_boot: Arc::new(with_boot) })
+    }
+
+    /// The memory of a template's clone: RAM that is in the file is the file's until it is written. There is no BOOT.
+    pub fn of_clone(mem_bytes: u64, file: &File, pieces: &[Piece]) -> Result<Self, Fault> {
+        let regions = ram_ranges(mem_bytes).into_iter().map(|(start, size)| {
+            // A clone that writes one byte shall not pay for 2 MiB.
+            Ok(Arc::new(ram_region(start, size, rustix::mm::Advice::LinuxNoHugepage)?))
+        });
+        let regions = regions.collect::<Result<_, Fault>>()?;
+        let ram = Arc::new(View::from_arc_regions(regions).fault(Part::Memory, "collect RAM")?);
+        pieces.iter().try_for_each(|piece| map_over(&ram, file, piece))?;
+        Ok(Self { ram_and_boot: ram.clone(), ram })
+    }
+
+    /// Whether there is BOOT.
+    pub fn has_boot(&self) -> bool {
+        !Arc::ptr_eq(&self.ram, &self.ram_and_boot)
     }
 
     /// Forgets BOOT; its pages go back to the host when the last device has done the same.
@@ -73,7 +95,11 @@ fn anonymous<B: NewBitmap>(size: u64) -> Result<MmapRegion<B>, Fault> {
 }
 
 /// RAM from `start` on, its host address congruent to the guest's modulo [`HUGE_PAGE`].
-fn ram_region(start: u64, size: u64) -> Result<GuestRegionMmap<AtomicBitmap>, Fault> {
+fn ram_region(
+    start: u64,
+    size: u64,
+    advice: rustix::mm::Advice,
+) -> Result<GuestRegionMmap<AtomicBitmap>, Fault> {
     // Linux 6.1 does not align large anonymous mappings by itself: reserve one huge page more
     // and begin at the first boundary.
     let reserve = anonymous::<()>(size + HUGE_PAGE)?;
@@ -82,7 +108,6 @@ fn ram_region(start: u64, size: u64) -> Result<GuestRegionMmap<AtomicBitmap>, Fa
     // RAM lives as long as the process: the reservation is never unmapped.
     std::mem::forget(reserve);
     let host = base.wrapping_add(skip as usize);
-    let advice = rustix::mm::Advice::LinuxHugepage;
     // SAFETY: `host..host + size` lies inside the reservation made above, which nothing else
     // refers to; the advice does not change contents. A kernel without huge pages refuses it,
     // which costs speed only.
@@ -96,6 +121,26 @@ fn ram_region(start: u64, size: u64) -> Result<GuestRegionMmap<AtomicBitmap>, Fa
         .fault(Part::Memory, "wrap RAM")?;
     GuestRegionMmap::new(mapping, GuestAddress(start))
         .ok_or_else(|| Fault::new(Part::Memory, "RAM overflows"))
+}
+
+/// Maps a piece of a file over RAM, copy on write.
+fn map_over(ram: &View, file: &File, piece: &Piece) -> Result<(), Fault> {
+    use rustix::mm::{MapFlags, ProtFlags};
+    let beyond = || Fault::new(Part::Saved, "memory beyond the end of RAM");
+    let (region, at) = ram.to_region_addr(GuestAddress(piece.address)).ok_or_else(beyond)?;
+    if piece.size > region.len() - at.0 {
+        return Err(beyond());
+    }
+    let host = region.as_ptr().wrapping_add(at.0 as usize);
+    let flags = MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::NORESERVE;
+    let protection = ProtFlags::READ | ProtFlags::WRITE;
+    // SAFETY: the range lies inside RAM, as was just checked, which `ram_region` reserved for good and nothing refers to
+    // yet but this view. The file holds all of the piece (`saved::find`) and cannot shrink (`noded` sealed it).
+    unsafe {
+        rustix::mm::mmap(host.cast(), piece.size as usize, protection, flags, file, piece.offset)
+    }
+    .map(|_| ())
+    .fault(Part::Memory, "map the template")
 }
 
 /// A window of the VMM's own, which the guest reads: BITMAP or FROZEN. Pages come as they are written.
@@ -135,7 +180,8 @@ fn map_shared(file: File, size: u64, name: &str) -> Result<MmapRegion, Fault> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use vm_memory::{Bytes, GuestMemoryBackend, GuestMemoryRegion};
+    use std::os::unix::fs::FileExt;
+    use vm_memory::Bytes;
 
     #[test]
     fn ram_has_its_hole() {
@@ -156,5 +202,21 @@ mod tests {
         memory.drop_boot();
         assert!(memory.ram_and_boot.write_obj(1u8, boot).is_err());
         assert_eq!(memory.ram.iter().map(|r| r.len()).sum::<u64>(), 64 << 20);
+    }
+
+    #[test]
+    fn clones_see_their_template_and_not_each_other() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        file.write_all_at(&[7; 3 * 4096], 4096).unwrap();
+        let pieces = [Piece { offset: 8192, address: 1 << 20, size: 8192 }];
+        let clone = || Memory::of_clone(64 << 20, &file, &pieces).unwrap().ram;
+        let (one, other) = (clone(), clone());
+        let at = GuestAddress((1 << 20) + 4096);
+        one.write_obj(9u8, at).unwrap();
+        let seen = |ram: &View, at| ram.read_obj::<u8>(at).unwrap();
+        assert_eq!((seen(&one, at), seen(&other, at)), (9, 7));
+        assert_eq!(seen(&one, GuestAddress(0)), 0);
+        let beyond = [Piece { address: (64 << 20) - 4096, ..pieces[0] }];
+        assert!(Memory::of_clone(64 << 20, &file, &beyond).is_err());
     }
 }

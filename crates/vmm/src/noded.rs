@@ -22,9 +22,24 @@ pub struct Noded {
     turn: Mutex<()>,
     answer: Mutex<Option<bool>>,
     answered: Condvar,
-    /// Whether the guest may run: set once.
-    leave: Mutex<bool>,
+    leave: Mutex<Asking>,
     left: Condvar,
+}
+
+/// What a vCPU that is about to run the guest hears from `noded`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Leave {
+    /// It may, or the machine ended.
+    Run,
+    /// The machine is to be saved as it is.
+    Save,
+}
+
+/// Whether leave was asked for, and given.
+enum Asking {
+    Before,
+    Asked,
+    Given(Leave),
 }
 
 impl Noded {
@@ -35,7 +50,7 @@ impl Noded {
             turn: Mutex::new(()),
             answer: Mutex::new(None),
             answered: Condvar::new(),
-            leave: Mutex::new(false),
+            leave: Mutex::new(Asking::Before),
             left: Condvar::new(),
         }
     }
@@ -71,18 +86,43 @@ impl Noded {
         answer.take().unwrap_or(false)
     }
 
-    /// Says that the guest is about to run, and waits until it may. A machine that never gets leave waits until it
+    /// Says that the guest is about to run, and waits for leave. A machine that never gets it waits until it
     /// ends. The caller holds nothing that the I/O thread needs.
-    pub fn ask_leave(&self) {
-        self.tell(VmmEvent::Resumed);
-        let leave = self.leave.lock().unwrap_or_else(PoisonError::into_inner);
-        drop(self.left.wait_while(leave, |leave| !*leave).unwrap_or_else(PoisonError::into_inner));
+    pub fn ask_leave(&self) -> Leave {
+        let mut asking = self.leave.lock().unwrap_or_else(PoisonError::into_inner);
+        loop {
+            match *asking {
+                Asking::Given(leave) => return leave,
+                Asking::Before => {
+                    *asking = Asking::Asked;
+                    self.tell(VmmEvent::Resumed);
+                }
+                Asking::Asked => {
+                    asking = self.left.wait(asking).unwrap_or_else(PoisonError::into_inner);
+                }
+            }
+        }
     }
 
-    /// Leave came, or the machine ended.
+    /// The guest may run, or the machine ended.
     pub fn leave(&self) {
-        *self.leave.lock().unwrap_or_else(PoisonError::into_inner) = true;
-        self.left.notify_all();
+        self.give(Leave::Run, |asking| !matches!(asking, Asking::Given(_)));
+    }
+
+    /// The machine is to be saved; false where nobody waits for leave.
+    pub fn save_instead(&self) -> bool {
+        self.give(Leave::Save, |asking| matches!(asking, Asking::Asked))
+    }
+
+    /// The first answer stands.
+    fn give(&self, leave: Leave, is_open: impl Fn(&Asking) -> bool) -> bool {
+        let mut asking = self.leave.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_open = is_open(&asking);
+        if is_open {
+            *asking = Asking::Given(leave);
+            self.left.notify_all();
+        }
+        is_open
     }
 
     /// The answer came, or there will be none.
@@ -105,17 +145,24 @@ mod tests {
 
     #[test]
     fn a_guest_waits_for_leave() {
-        let (ours, theirs) = UnixDatagram::pair().unwrap();
-        let noded = Noded::new(ours);
-        thread::scope(|scope| {
-            let guest = scope.spawn(|| noded.ask_leave());
-            let mut event = [0; MESSAGE_SIZE];
-            theirs.recv(&mut event).unwrap();
-            assert_eq!(VmmEvent::parse(&event), Some(VmmEvent::Resumed));
-            assert!(!guest.is_finished());
-            noded.leave();
-            guest.join().unwrap();
-        });
+        for leave in [Leave::Run, Leave::Save] {
+            let (ours, theirs) = UnixDatagram::pair().unwrap();
+            let noded = Noded::new(ours);
+            assert!(!noded.save_instead(), "nobody waits");
+            thread::scope(|scope| {
+                let guest = scope.spawn(|| noded.ask_leave());
+                let mut event = [0; MESSAGE_SIZE];
+                theirs.recv(&mut event).unwrap();
+                assert_eq!(VmmEvent::parse(&event), Some(VmmEvent::Resumed));
+                assert!(!guest.is_finished());
+                match leave {
+                    Leave::Run => noded.leave(),
+                    Leave::Save => assert!(noded.save_instead()),
+                }
+                assert_eq!(guest.join().unwrap(), leave);
+                assert!(!noded.save_instead(), "it is said once");
+            });
+        }
     }
 
     #[test]

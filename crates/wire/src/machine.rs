@@ -170,7 +170,7 @@ pub mod fds {
     pub const INFO: i32 = 8;
     /// The disk's file, where there is one.
     pub const DISK: i32 = 9;
-    /// The file that the machine saves itself to, and wakes up from; where the node has a disk.
+    /// The file that the machine saves itself to, wakes up from, or shares with other clones.
     pub const SAVED: i32 = 10;
 }
 
@@ -192,20 +192,22 @@ pub enum Stage {
     Stopped = 5,
     /// Its balance reached zero; all of it is gone.
     Purged = 6,
+    /// A template: its memory is there for clones, and nothing runs.
+    Template = 7,
 }
 
 impl Stage {
     /// The stage with this number, if there is one.
     pub fn parse(value: u32) -> Option<Self> {
         use Stage::*;
-        [Booting, Running, Low, Suspended, Ended, Stopped, Purged]
+        [Booting, Running, Low, Suspended, Ended, Stopped, Purged, Template]
             .into_iter()
             .find(|stage| *stage as u32 == value)
     }
 
-    /// Whether the VM's process is there.
+    /// Whether the VM's process is there, or a template's memory.
     pub fn is_alive(self) -> bool {
-        matches!(self, Stage::Booting | Stage::Running | Stage::Low)
+        matches!(self, Stage::Booting | Stage::Running | Stage::Low | Stage::Template)
     }
 
     /// The stage's name as commands print it.
@@ -218,6 +220,7 @@ impl Stage {
             Stage::Ended => "ended",
             Stage::Stopped => "stopped",
             Stage::Purged => "purged",
+            Stage::Template => "template",
         }
     }
 }
@@ -536,7 +539,7 @@ pub enum VmmCommand {
     PowerButton,
     /// Answer to [`VmmEvent::Resumed`]: the guest may run. From then on it has lived, for all who ask.
     Go,
-    /// Save the machine to its file, and end.
+    /// Save the machine to its file, and end. As the answer to [`VmmEvent::Resumed`]: before its first instruction.
     Save,
 }
 

@@ -143,6 +143,8 @@ pub enum Status {
     Unpaid = 13,
     /// Not now: the VM is being booted.
     NotYet = 14,
+    /// The template that this is a clone of is not here.
+    NoTemplate = 16,
 }
 
 impl Status {
@@ -165,6 +167,7 @@ impl Status {
             NoDisk,
             Unpaid,
             NotYet,
+            NoTemplate,
         ]
         .into_iter()
         .find(|status| *status as u8 == value)
@@ -423,13 +426,15 @@ pub enum EndReason {
     Stopped = 5,
     /// The balance reached zero.
     OutOfTokens = 6,
+    /// It wanted more memory than it bought: a clone that wrote too many of its template's pages.
+    OutOfMemory = 7,
 }
 
 impl EndReason {
     /// The reason with this number.
     pub fn parse(value: u8) -> Option<Self> {
         use EndReason::*;
-        [None, PowerOff, Reset, BootTimeout, Fault, Stopped, OutOfTokens]
+        [None, PowerOff, Reset, BootTimeout, Fault, Stopped, OutOfTokens, OutOfMemory]
             .into_iter()
             .find(|reason| *reason as u8 == value)
     }

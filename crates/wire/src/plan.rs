@@ -4,6 +4,9 @@
 
 /// VMs that a node can bootstrap at once: the addresses of its block behind its own.
 pub const SLOTS_MAX: u32 = 253;
+/// VMs that a node can have at all: a Linux bridge takes 1 023 ports, and one is the node's card. Only clones, which
+/// need no mstrap, can be in the slots from [`SLOTS_MAX`] on.
+pub const VMS_MAX: u32 = 1022;
 /// Addresses in a node's block.
 const BLOCK: u32 = 256;
 

@@ -4,9 +4,11 @@
 //! ```text
 //!  record  kind u8 | 0 0 0 | payload size u32 | address u64 | memory size u64 | payload
 //!  stream  START  (RAW | ZERO | LZ4)*  MACHINE  END
+//!  file    START  (PAD RAW | ZERO)*    MACHINE  END
 //! ```
 //! START says for what machine, END carries the SHA-256 of all bytes before it. [`Checker`] is the
-//! receiver's judge: it accepts records in this order only, and memory only where the machine has RAM.
+//! receiver's judge: it accepts records in this order only, and memory only where the machine has RAM. In a file that a
+//! VMM writes and others map, RAW may be of any size, and what PAD holds puts its payload at the start of a page.
 
 use crate::bytes::{Reader, Writer};
 use crate::machine;
@@ -40,6 +42,8 @@ pub enum Kind {
     Machine = 5,
     /// Last: the digest.
     End = 6,
+    /// Nothing, in files only.
+    Pad = 7,
 }
 
 /// A record's head.
@@ -98,7 +102,9 @@ impl Head {
             return None;
         }
         Some(Self {
-            kind: [Start, Raw, Zero, Lz4, Machine, End].into_iter().find(|k| *k as u8 == kind)?,
+            kind: [Start, Raw, Zero, Lz4, Machine, End, Pad]
+                .into_iter()
+                .find(|k| *k as u8 == kind)?,
             payload_size: r.u32()?,
             address: r.u64()?,
             mem_size: r.u64()?,
@@ -164,6 +170,7 @@ enum Phase {
 /// Judges a stream as it comes in: `head` for each record's head, then `payload` for its payload.
 pub struct Checker {
     expect: Start,
+    is_file: bool,
     phase: Phase,
     head: Option<Head>,
     digest: Sha256,
@@ -172,16 +179,23 @@ pub struct Checker {
 impl Checker {
     /// Starts a stream that must be for this machine.
     pub fn new(expect: Start) -> Self {
-        Self { expect, phase: Phase::Start, head: None, digest: Sha256::new() }
+        Self { expect, is_file: false, phase: Phase::Start, head: None, digest: Sha256::new() }
+    }
+
+    /// The same for a file.
+    pub fn of_file(expect: Start) -> Self {
+        Self { is_file: true, ..Self::new(expect) }
     }
 
     /// Judges a record's head. On success the caller reads `payload_size` bytes (at most
-    /// [`CHUNK_MAX`], or [`machine::STATE_SIZE_MAX`] for MACHINE) and calls [`Self::payload`].
+    /// [`CHUNK_MAX`], or [`machine::STATE_SIZE_MAX`] for MACHINE) and calls [`Self::payload`]. In a file RAW has no bound, and its
+    /// payload may come in parts.
     pub fn head(&mut self, bytes: &[u8; HEAD_SIZE]) -> Result<Head, StreamError> {
         let head = Head::parse(bytes).ok_or(StreamError::Malformed)?;
         match (self.phase, head.kind) {
             (Phase::Start, Kind::Start) => exact(&head, START_SIZE)?,
             (Phase::Memory, Kind::Raw | Kind::Zero | Kind::Lz4) => self.memory(&head)?,
+            (Phase::Memory, Kind::Pad) if self.is_file => pad(&head)?,
             (Phase::Memory, Kind::Machine) if head.payload_size > machine::STATE_SIZE_MAX => {
                 return Err(StreamError::TooLarge);
             }
@@ -210,19 +224,24 @@ impl Checker {
         let fits = match head.kind {
             Kind::Zero => head.payload_size == 0,
             Kind::Raw => {
-                head.mem_size <= CHUNK_MAX.into() && head.mem_size == head.payload_size.into()
+                let is_small = self.is_file || head.mem_size <= CHUNK_MAX.into();
+                is_small && head.mem_size == head.payload_size.into()
             }
             _ => head.mem_size <= CHUNK_MAX.into() && head.payload_size <= CHUNK_MAX,
         };
         if fits { Ok(()) } else { Err(StreamError::TooLarge) }
     }
 
-    /// Judges the payload of the record whose head came last; a digest is checked here.
+    /// Judges the payload of the record whose head came last, or a part of it; a digest is checked here.
     pub fn payload(&mut self, payload: &[u8]) -> Result<(), StreamError> {
         let head = self.head.take().ok_or(StreamError::OutOfOrder)?;
-        if payload.len() as u64 != u64::from(head.payload_size) {
+        let left = u64::from(head.payload_size).checked_sub(payload.len() as u64);
+        let left = left.ok_or(StreamError::Malformed)? as u32;
+        let is_part = self.is_file && head.kind == Kind::Raw && !payload.is_empty();
+        if left > 0 && !is_part {
             return Err(StreamError::Malformed);
         }
+        self.head = (left > 0).then_some(Head { payload_size: left, ..head });
         match head.kind {
             Kind::Start => {
                 if Start::parse(payload)? != self.expect {
@@ -239,7 +258,7 @@ impl Checker {
                 self.phase = Phase::Done;
                 return Ok(());
             }
-            Kind::Raw | Kind::Zero | Kind::Lz4 => {}
+            Kind::Raw | Kind::Zero | Kind::Lz4 | Kind::Pad => {}
         }
         self.digest.update(payload);
         Ok(())
@@ -248,6 +267,19 @@ impl Checker {
     /// Whether END came and its digest agreed: only then may the machine run.
     pub fn is_done(&self) -> bool {
         self.phase == Phase::Done
+    }
+}
+
+/// A pad is less than a page: no file is larger than its machine by much.
+fn pad(head: &Head) -> Result<(), StreamError> {
+    let is_pad = (head.address, head.mem_size) == (0, 0);
+    if !is_pad {
+        return Err(StreamError::Address);
+    }
+    if u64::from(head.payload_size) < machine::PAGE_SIZE {
+        Ok(())
+    } else {
+        Err(StreamError::TooLarge)
     }
 }
 
@@ -266,8 +298,13 @@ impl Sender {
     pub fn record(&mut self, head: &Head, payload: &[u8]) -> [u8; HEAD_SIZE] {
         let bytes = head.emit();
         self.digest.update(bytes);
-        self.digest.update(payload);
+        self.part(payload);
         bytes
+    }
+
+    /// Counts the next part of the last record's payload in.
+    pub fn part(&mut self, payload: &[u8]) {
+        self.digest.update(payload);
     }
 
     /// The END record.

@@ -16,7 +16,18 @@ pub type Incarnation = [u8; 16];
 /// "ONDEBOOT", first in every boot token: keeps its tag apart from all other uses of the node key.
 const BOOT_MAGIC: [u8; 8] = *b"ONDEBOOT";
 /// Bytes of a boot token without its tag.
-pub const BOOT_TOKEN_SIZE: usize = 178;
+pub const BOOT_TOKEN_SIZE: usize = 198;
+
+/// Where a VM's memory comes from, and what becomes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The customer's loader writes it, and it runs.
+    Loader,
+    /// The customer's loader writes it, and it stands still: a template for clones on this node.
+    Template,
+    /// That of this template, whose pages it shares until it writes them.
+    Clone(JobId),
+}
 
 /// What a customer bought: one VM of this shape on this node, in this life of the node.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +52,10 @@ pub struct BootToken {
     pub loader_sha256: [u8; 32],
     /// Memory, MiB.
     pub mem_mib: u32,
+    /// Memory that it may hold, MiB, which is what it pays for: `mem_mib`, or for a clone all that it may have for itself.
+    pub held_mib: u32,
+    /// Where its memory comes from.
+    pub origin: Origin,
     /// Number of vCPUs.
     pub vcpus: u16,
     /// Disk, MiB; 0 for none.
@@ -79,7 +94,14 @@ impl BootToken {
         w.put(&self.mac);
         w.put(&self.ipv4);
         w.put(&self.gateway);
-        w.put(&[self.prefix_len, 0]);
+        let (kind, template) = match self.origin {
+            Origin::Loader => (0, [0; 16]),
+            Origin::Template => (1, [0; 16]),
+            Origin::Clone(template) => (2, template),
+        };
+        w.put(&[self.prefix_len, kind]);
+        w.put(&template);
+        w.put(&self.held_mib.to_le_bytes());
         out
     }
 
@@ -94,7 +116,7 @@ impl BootToken {
         if r.array()? != BOOT_MAGIC {
             return None;
         }
-        Some(Self {
+        let mut token = Self {
             broker_key: r.array()?,
             node: r.array()?,
             incarnation: r.array()?,
@@ -105,6 +127,8 @@ impl BootToken {
             first_count: r.u32()?,
             loader_sha256: r.array()?,
             mem_mib: r.u32()?,
+            held_mib: 0,
+            origin: Origin::Loader,
             vcpus: r.u16()?,
             disk_mib: r.u32()?,
             net_kib_s: r.u32()?,
@@ -112,7 +136,15 @@ impl BootToken {
             ipv4: r.array()?,
             gateway: r.array()?,
             prefix_len: r.u8()?,
-        })
+        };
+        token.origin = match (r.u8()?, r.array()?) {
+            (0, _) => Origin::Loader,
+            (1, _) => Origin::Template,
+            (2, template) => Origin::Clone(template),
+            _ => return None,
+        };
+        token.held_mib = r.u32()?;
+        Some(token)
     }
 }
 

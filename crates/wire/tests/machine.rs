@@ -71,10 +71,10 @@ fn the_meter_keeps_its_bytes() {
 #[test]
 fn every_stage_has_its_number_and_name() {
     let stages: Vec<Stage> = (0..100).map_while(Stage::parse).collect();
-    assert_eq!(stages.len(), 7);
+    assert_eq!(stages.len(), 8);
     assert!(stages.iter().zip(0..).all(|(stage, number)| *stage as u32 == number));
     let alive: Vec<&str> = stages.iter().filter(|s| s.is_alive()).map(|s| s.name()).collect();
-    assert_eq!(alive, ["booting", "running", "low"]);
+    assert_eq!(alive, ["booting", "running", "low", "template"]);
     assert_eq!(Stage::parse(u32::MAX), None);
 }
 

@@ -16,7 +16,7 @@ fn requests() -> [(Request, &'static str); 9] {
         (Request::Hello, "7d4fa13209b58e1a8af3b5e3df0e305d70a68fe9ddf7f2e9e60020d97ee30b68"),
         (
             Request::Boot(token, tag),
-            "565f07c5d95876673770d0b97111d2af6b2914385812b70b8cbc9dcbc19a16b9",
+            "bdb31e4d68ea525b095001c713b960d67f8d8d37fc459cfb47ef913805c1565c",
         ),
         (
             Request::Pay(PaymentToken { index: 77, value: [6; 32] }),
@@ -233,8 +233,8 @@ fn a_hello_reply_from_a_template_is_like_one_made_for_its_nonce() {
 #[test]
 fn a_reply_with_a_senseless_body_is_refused() {
     let cases: [(Op, usize, u8); 3] = [
-        (Op::Status, 0, 7),                  // no such stage
-        (Op::Status, 4, 7),                  // no such reason
+        (Op::Status, 0, 8),                  // no such stage
+        (Op::Status, 4, 8),                  // no such reason
         (Op::Console, 16, 936u16 as u8 + 1), // more bytes than there is room for
     ];
     for (op, at, value) in cases {

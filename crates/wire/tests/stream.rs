@@ -97,6 +97,34 @@ fn right_streams_are_accepted() {
 }
 
 #[test]
+fn only_a_file_has_pads_and_large_chunks() {
+    let size = CHUNK_MAX as usize + PAGE_SIZE as usize;
+    let large = record(Kind::Raw, 0, size as u64, &vec![1; size]);
+    let pad = record(Kind::Pad, 0, 0, &[0; 100]);
+    assert_eq!(receive(&with_end(&[start(), pad.clone(), machine()])), Err(OutOfOrder));
+    let records = with_end(&[start(), pad, large, machine()]);
+    // In parts, of which the last one counts as much as the first.
+    let receive = |records: &[Record], part: usize| {
+        let mut checker = Checker::of_file(START);
+        for (head, payload) in records {
+            checker.head(&head.emit())?;
+            let parts = if head.kind == Kind::Raw { part } else { payload.len() };
+            payload.chunks(parts).try_for_each(|part| checker.payload(part))?;
+        }
+        Ok(checker.is_done())
+    };
+    for part in [1000, size] {
+        assert_eq!(receive(&records, part), Ok(true), "{part}");
+    }
+    let mut altered = records.clone();
+    altered[2].1[size - 1] ^= 1;
+    assert_eq!(receive(&altered, 1000), Err(Digest));
+    let mut wide = records;
+    wide[1] = record(Kind::Pad, 0, 0, &[0; PAGE_SIZE as usize]);
+    assert_eq!(receive(&wide, 1000), Err(TooLarge));
+}
+
+#[test]
 fn a_stream_cut_anywhere_is_not_done() {
     let records = good();
     for count in 0..records.len() {
@@ -202,7 +230,7 @@ fn ram_has_a_hole_below_four_gib() {
 
 #[test]
 fn heads_of_no_kind_are_refused() {
-    for (byte, value) in [(0, 0), (0, 7), (1, 1), (2, 1), (3, 1)] {
+    for (byte, value) in [(0, 0), (0, 8), (1, 1), (2, 1), (3, 1)] {
         let mut bytes = raw(0).0.emit();
         bytes[byte] = value;
         assert_eq!(Head::parse(&bytes), None);

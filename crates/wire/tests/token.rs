@@ -4,7 +4,7 @@ mod sample;
 
 use onde_wire::chain::{STEPS_MAX, step, verify, walk};
 use onde_wire::key::{Key, certificate_key, job_key, node_id, node_key};
-use onde_wire::token::{BootToken, Certificate, Renewal};
+use onde_wire::token::{BOOT_TOKEN_SIZE, BootToken, Certificate, Origin, Renewal};
 use sample::*;
 
 #[test]
@@ -57,10 +57,10 @@ fn a_tag_is_hmac_sha256() {
 #[test]
 fn a_boot_token_keeps_its_bytes() {
     let bytes = token().emit();
-    check_golden(&bytes, "b4b858608074549a019113c0663559221fb12de817c60993680aaf7437c80654");
+    check_golden(&bytes, "9f0d98a73f43e54d476773cdb40329d437b991e4d692f799f28ca30709d9b0bc");
     check_golden(
         &token().sign(&node()),
-        "356994cc89a05af8bafbc1c62a6ce256eb8d65151a102b2b0085144f72e74c4d",
+        "ac593637ef35fd6549a089b4abedb3d06e069235b7f5540caa2b7ceeb208bdd1",
     );
     assert_eq!(BootToken::parse(&bytes), Some(token()));
     each_flip(&bytes[..8], |_, magic| {
@@ -68,6 +68,13 @@ fn a_boot_token_keeps_its_bytes() {
         bytes[..8].copy_from_slice(magic);
         assert_eq!(BootToken::parse(&bytes), None, "another version");
     });
+    for origin in [Origin::Loader, Origin::Template] {
+        let token = BootToken { origin, ..token() };
+        assert_eq!(BootToken::parse(&token.emit()), Some(token));
+    }
+    let mut strange = bytes;
+    strange[BOOT_TOKEN_SIZE - 21] = 3;
+    assert_eq!(BootToken::parse(&strange), None, "no such origin");
 }
 
 #[test]

@@ -164,6 +164,8 @@ pub fn purchase(tokens: u32) -> JobRequest {
         loader_sha256: Hex([3; 32]),
         tokens,
         moves: None,
+        template: false,
+        clones: None,
     }
 }
 

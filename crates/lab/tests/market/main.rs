@@ -25,13 +25,14 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 35] = [
+const CASES: [Case; 36] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
     ("own_kernel_boots_pays_stops_and_gives_change", programs::own_kernel),
     ("smp_guest_sees_its_processors", programs::processors),
     ("snapshot_wakes_up_twice", snapshots::wakes_up_twice),
+    ("clones_share_a_template", snapshots::clones_share_a_template),
     ("forks_are_themselves", forks::are_themselves),
     ("fork_without_room_harms_no_other", forks::without_room),
     ("suspended_by_hand_goes_on_and_gives_change", descent::by_hand),

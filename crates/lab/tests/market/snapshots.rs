@@ -1,8 +1,12 @@
 //! Cases in which a running VM becomes a file, and the file VMs.
 
+use std::collections::{HashMap, HashSet};
 use std::fs;
+use std::net::Ipv4Addr;
+use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use onde_sys::packet::PacketSocket;
 
 use crate::world::{World, wait};
 
@@ -66,4 +70,141 @@ pub fn wakes_up_twice(world: &World) -> Result<()> {
     world.onde_fails(["boot", "--from", file], 1, "incomplete")?;
     ensure!(world.balance()? == money, "a damaged file cost money");
     Ok(())
+}
+
+/// Clones of the case below where `ONDE_CLONES` says no other number. More than these need a larger node:
+/// `ONDE_NODE_MIB`.
+const CLONES: usize = 8;
+/// What each may hold for itself, MiB; its guest has 128.
+const HELD_MIB: &str = "16";
+/// Counts, and draws: what it draws once it has another name is a clone's first draw. It rests for a second at each
+/// step without a process of its own, since a hundred clones share one emulated processor.
+const DRAW: &str = "exec 9<> <(:); read -r mine < /proc/sys/kernel/hostname; i=0; \
+                    while :; do i=$((i + 1)); echo $i > /dev/shm/count; \
+                    read -r name < /proc/sys/kernel/hostname; read -r draw < /proc/sys/kernel/random/uuid; \
+                    [ $name = $mine ] || [ -e /dev/shm/first ] || echo $draw > /dev/shm/first; \
+                    read -r -t 1 -u 9; done";
+/// How far it counted and who it is: name, machine id, MAC, and two draws, the first one and one of now.
+const WHO: &str = "until read -r n < /dev/shm/count && read -r first < /dev/shm/first; do :; done; \
+                   read -r name < /proc/sys/kernel/hostname; read -r id < /etc/machine-id; \
+                   read -r mac < /sys/class/net/eth0/address; read -r now < /proc/sys/kernel/random/uuid; \
+                   echo $n $name $id $mac $first $now";
+
+/// Many VMs of one upload on one node: each is somebody else from its first instruction on, goes on where the snapshot was,
+/// holds little for itself, and outlives the template. All money is accounted for.
+pub fn clones_share_a_template(world: &World) -> Result<()> {
+    let wanted = std::env::var("ONDE_CLONES").map_or(Ok(CLONES), |count| count.parse())?;
+    let file = world.file("template");
+    let file = file.to_str().context("a path")?;
+    let before = snapshot_of_drawer(world, file)?;
+    let money = world.balance()?;
+    let begun = Instant::now();
+    let template = world.onde(["boot", "--from", file, "--node", "1", "--template"])?;
+    let (template, uploaded) = (template.trim(), begun.elapsed());
+    let mut first_words = FirstWords::listen()?;
+    let count_text = wanted.to_string();
+    let order = ["--held", HELD_MIB, "--tokens", "30", "--budget", "400"];
+    let ids =
+        world.onde([&["boot", "--clone", template, "-n", &count_text], &order[..]].concat())?;
+    let ids: Vec<_> = ids.lines().collect();
+    let cloned = begun.elapsed() - uploaded;
+    println!("  template in {uploaded:.1?}, {} clones in {cloned:.1?}", ids.len());
+    ensure!(ids.len() == wanted, "{ids:?}");
+    ensure!(world.onde(["status", template])?.contains("template"), "no template's stage");
+    // They keep what they share of it.
+    world.onde(["stop", template])?;
+
+    let mut told = HashSet::new();
+    for &id in &ids {
+        let who = world.onde(["exec", id, "--", "/bin/bash", "-c", WHO])?;
+        first_words.hear();
+        let who: Vec<_> = who.split_whitespace().map(str::to_owned).collect();
+        ensure!(who.len() == 6, "job {id} tells {who:?}");
+        ensure!(who[0].parse::<u64>()? > before, "job {id} does not go on where {before} was");
+        let is_own = who[1] == format!("onde-{id}") && who[2].starts_with(id);
+        ensure!(is_own, "job {id} is {who:?}");
+        for word in who.into_iter().skip(1) {
+            ensure!(told.insert(word.clone()), "{word} of job {id} is another's, too");
+        }
+    }
+    let guests: HashSet<_> = guests(world, &ids)?.into_iter().collect();
+    ensure!(guests.len() == wanted, "addresses: {guests:?}");
+    first_words.check(&guests)?;
+    goes_on(world, ids[0])?;
+    for &id in &ids {
+        world.onde(["stop", id])?;
+    }
+    let mut cost = 0;
+    for job in world.broker.jobs(false, wanted as u32 + 1)?.jobs {
+        ensure!(job.node == 1, "job {} is on node {}", job.id, job.node);
+        cost += world.cost(&job)?;
+    }
+    ensure!(world.balance()? == money - cost, "{} + {cost} is not {money}", world.balance()?);
+    wait("the node to have its memory back", || {
+        let before = world.new_nodes[0].mem_mib_free;
+        Ok(world.hello(1)?.mem_mib_free == before)
+    })
+}
+
+/// The file of a VM whose program draws numbers; how far it had counted.
+fn snapshot_of_drawer(world: &World, file: &str) -> Result<u64> {
+    let id = world.file("machine-id");
+    fs::write(&id, "0123456789abcdef0123456789abcdef\n")?;
+    let id = format!("{}:/etc/machine-id", id.to_str().context("a path")?);
+    let order = ["run", "-d", "--name", "source", "--memory", "128"];
+    let files = ["--file", &id, "--file", "/bin/sh"];
+    world.onde([&order[..], &files, &["--", "/bin/bash", "-c", DRAW]].concat())?;
+    wait("the program to count", || Ok(count(world, "source")? >= 2))?;
+    let before = count(world, "source")?;
+    world.onde(["snapshot", "source", "-o", file])?;
+    world.onde(["stop", "source"])?;
+    Ok(before)
+}
+
+/// The addresses of these jobs' guests.
+fn guests(world: &World, ids: &[&str]) -> Result<Vec<Ipv4Addr>> {
+    let mut jobs = world.broker.jobs(false, ids.len() as u32 + 1)?.jobs;
+    jobs.retain(|job| ids.iter().any(|id| job.id.to_string().starts_with(id)));
+    Ok(jobs.iter().map(|job| job.guest_ipv4).collect())
+}
+
+/// The numbers that guests begin their TCP connections with, as everybody on the wire sees them.
+struct FirstWords {
+    socket: PacketSocket,
+    heard: Vec<(Ipv4Addr, u32)>,
+}
+
+impl FirstWords {
+    fn listen() -> Result<Self> {
+        let mut socket = PacketSocket::open("onde0")?;
+        // BPF_RET | BPF_K: all of every frame.
+        socket.start(&[onde_sys::packet::Instruction { code: 6, jt: 0, jf: 0, k: 2048 }])?;
+        Ok(Self { socket, heard: Vec::new() })
+    }
+
+    /// Takes in what came since the last time: SYN with ACK, in TCP over IPv4 without options.
+    fn hear(&mut self) {
+        let heard = &mut self.heard;
+        self.socket.receive(usize::MAX, |_, frame| {
+            let is_tcp = frame.len() >= 54 && frame[12..15] == [8, 0, 0x45] && frame[23] == 6;
+            if is_tcp && frame[47] & 0x12 == 0x12 {
+                let word = |at: usize| <[u8; 4]>::try_from(&frame[at..at + 4]).expect("4 bytes");
+                heard.push((word(26).into(), u32::from_be_bytes(word(38))));
+            }
+        });
+    }
+
+    /// Every guest was heard, and none said what another one said.
+    fn check(&self, guests: &HashSet<Ipv4Addr>) -> Result<()> {
+        let heard = self.heard.iter().filter(|(guest, _)| guests.contains(guest));
+        let mut by_number = HashMap::new();
+        for (guest, number) in heard {
+            let other = by_number.insert(number, guest);
+            ensure!(other.is_none_or(|other| other == guest), "{guest} and {other:?}: {number}");
+        }
+        let heard: HashSet<_> = by_number.values().collect();
+        ensure!(heard.len() == guests.len(), "heard {} of {}", heard.len(), guests.len());
+        println!("  {} first sequence numbers of {} guests", by_number.len(), heard.len());
+        Ok(())
+    }
 }

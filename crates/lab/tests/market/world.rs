@@ -19,7 +19,7 @@ use onde_wire::cluster::{Cluster, TOKEN_MICRO};
 use onde_wire::key::{self, Key, Tag, sha256};
 use onde_wire::packet::Hello;
 use onde_wire::plan;
-use onde_wire::token::BootToken;
+use onde_wire::token::{BootToken, Origin};
 
 /// Longest wait for anything here: emulated nodes on a loaded machine are slow, never this slow.
 const PATIENCE: Duration = Duration::from_secs(90);
@@ -52,7 +52,10 @@ impl World {
     pub fn up() -> Result<Self> {
         let dir = std::env::temp_dir().join(format!("onde-market-{}", std::process::id()));
         fs::create_dir_all(&dir)?;
-        let lab = Lab::up(&dir.join("lab"), &Shape::default(), |_| {})?;
+        let usual = Shape::default();
+        let memory_mib =
+            std::env::var("ONDE_NODE_MIB").map_or(Ok(usual.memory_mib), |mib| mib.parse())?;
+        let lab = Lab::up(&dir.join("lab"), &Shape { memory_mib, ..usual }, |_| {})?;
         lab.enter()?;
         let admin = fs::read_to_string(lab.dir().join("admin.key"))?;
         let url = lab.broker_url()?;
@@ -174,6 +177,8 @@ impl World {
             first_count: 100,
             loader_sha256: sha256(&self.loader),
             mem_mib: MEM_MIB,
+            held_mib: MEM_MIB,
+            origin: Origin::Loader,
             vcpus: 1,
             disk_mib: 0,
             net_kib_s: 0,

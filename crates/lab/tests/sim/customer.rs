@@ -170,6 +170,8 @@ impl Customer {
             loader_sha256: Hex([3; 32]),
             tokens,
             moves: None,
+            template: false,
+            clones: None,
         };
         let calls_left = if random.one_in(3) { random.between(1, 40) as u32 } else { u32::MAX };
         let due_ms = random.between(1000, 4000);

@@ -110,6 +110,8 @@ fn token(node: &Metal, job: JobId, count: u32) -> BootToken {
         first_count: count,
         loader_sha256: [8; 32],
         mem_mib: 128,
+        held_mib: 128,
+        origin: onde_wire::token::Origin::Loader,
         vcpus: 1,
         disk_mib: 0,
         net_kib_s: 0,

@@ -37,7 +37,7 @@ impl Job {
         if !self.can_save || self.stage == Stage::Booting {
             return 0;
         }
-        let burn = burn_max(&self.terms.prices, &self.token);
+        let burn = burn_max(&self.terms.prices, &self.shape());
         let tick = burn.saturating_mul(TICK_MIN_MS).div_ceil(1000);
         self.keep_micro().saturating_add(tick)
     }
@@ -57,7 +57,7 @@ impl Job {
         if self.is_saved() || self.is_saving() {
             return super::TICK_MAX_MS;
         }
-        let burn = u128::from(burn_max(&self.terms.prices, &self.token)).max(1);
+        let burn = u128::from(burn_max(&self.terms.prices, &self.shape())).max(1);
         let lasts_ms = u128::from(self.left_micro()) * 1000 / burn;
         (lasts_ms.min(super::TICK_MAX_MS.into()) as u64).max(TICK_MIN_MS)
     }
@@ -65,7 +65,7 @@ impl Job {
     /// Micro-tokens a second at the present rate.
     pub(super) fn rate(&self) -> u64 {
         match self.stage {
-            Stage::Suspended => burn_held(&self.terms.prices, self.held()),
+            Stage::Suspended | Stage::Template => burn_held(&self.terms.prices, self.held()),
             _ => self.burn.micro_per_s,
         }
     }

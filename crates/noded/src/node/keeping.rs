@@ -6,7 +6,7 @@ use onde_wire::machine::VmmCommand;
 use onde_wire::packet::{EndReason, Op, Reply, Status};
 use onde_wire::token::JobId;
 
-use super::{Caller, Effect, Node, Note};
+use super::{Caller, Effect, Node, Note, Start};
 use crate::job::Verdict;
 
 impl Node {
@@ -53,6 +53,8 @@ impl Node {
         let woken = match (job.is_going(), job.is_saved() && !job.is_waking()) {
             (false, _) => Err(Status::Ended),
             (true, false) => Ok(vec![]),
+            // Its clones share the file that it would leave.
+            (true, true) if job.is_template() => Err(Status::BadLimits),
             (true, true) if !job.can_wake() => Err(Status::Unpaid),
             (true, true) => self.start_waking(now_ms, caller.job),
         };
@@ -75,8 +77,7 @@ impl Node {
         let token = *self.jobs[&id].job.token();
         let slot = self.free_slot(&token)?;
         let saved_mib = self.jobs[&id].job.room_mib();
-        let mut spec = self.spec(&token, slot, saved_mib);
-        spec.wakes = true;
+        let spec = self.spec(&token, slot, saved_mib, Start::Saved);
         self.occupy(slot, id, spec.held_mib);
         if let Some(record) = self.jobs.get_mut(&id) {
             record.job.charge_time(now_ms);
@@ -86,10 +87,13 @@ impl Node {
     }
 
     /// RESUME is all but done, by a loader or by a VMM that read a file, whose contents are the past from here on. One
-    /// that is to end gets no leave: it was told that it never ran.
+    /// that is to end gets no leave: it was told that it never ran. A template is saved instead.
     pub(super) fn resumed(&mut self, now_ms: u64, slot: u32) -> Vec<Effect> {
         let Some(record) = self.tenant(slot) else { return vec![] };
         let was_saved = record.job.is_saved();
+        if record.job.is_template() {
+            return if record.job.is_going() { self.save(now_ms, slot) } else { vec![] };
+        }
         if was_saved {
             record.job.charge_time(now_ms);
         }
@@ -102,7 +106,7 @@ impl Node {
             self.saved.remove(&id);
             effects.extend([Effect::Empty(slot), Effect::Read(slot)]);
         }
-        effects
+        self.answer_boot(slot).into_iter().chain(effects).collect()
     }
 
     /// What takes too long is given up: a bootstrap and a saving with the job, a waking only for now.

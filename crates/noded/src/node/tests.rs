@@ -6,6 +6,7 @@ use onde_wire::chain::STEPS_MAX;
 use onde_wire::handover::COOKIE_SIZE;
 use onde_wire::token::{Certificate, PaymentToken};
 
+mod clones;
 mod descent;
 
 use super::*;
@@ -18,6 +19,10 @@ enum Move {
     Boot(u8),
     /// BOOT with another memory size, MiB.
     BootOf(u8, u32),
+    /// BOOT of a template.
+    BootTemplate(u8),
+    /// BOOT of a clone of job `.1` that may hold so many MiB.
+    BootClone(u8, u8, u32),
     /// PAY up to this index.
     Pay(u8, u32),
     /// PAY with a value that is not of the chain.
@@ -52,6 +57,9 @@ struct FakeVm {
     meter: Meter,
 }
 
+/// What every machine takes in its file there, MiB.
+const SAVED_MIB: u32 = 100;
+
 /// A world that was made up, and the node in it.
 struct Bench {
     node: Node,
@@ -80,7 +88,16 @@ impl Bench {
         self.heard.clear();
         match the_move {
             Move::Boot(job) => self.boot(samples::token(job)),
-            Move::BootOf(job, mem_mib) => self.boot(BootToken { mem_mib, ..samples::token(job) }),
+            Move::BootOf(job, mem_mib) => {
+                self.boot(BootToken { mem_mib, held_mib: mem_mib, ..samples::token(job) });
+            }
+            Move::BootTemplate(job) => {
+                self.boot(BootToken { origin: Origin::Template, ..samples::token(job) });
+            }
+            Move::BootClone(job, template, held_mib) => {
+                let origin = Origin::Clone([template; 16]);
+                self.boot(BootToken { origin, held_mib, ..samples::token(job) });
+            }
             Move::Pay(job, index) => {
                 let value = samples::payment(index);
                 self.ask(job, Request::Pay(PaymentToken { index, value }));
@@ -96,7 +113,7 @@ impl Bench {
             Move::Wake(job) => self.ask(job, Request::Wake),
             Move::Says(job, event) => {
                 if event == VmmEvent::Saved {
-                    self.files.insert([job; 16], 100);
+                    self.files.insert([job; 16], SAVED_MIB);
                 }
                 self.step(Event::Vmm(self.slot(job), event));
             }
@@ -221,9 +238,16 @@ impl Bench {
 
     fn keep_files(&mut self, spec: &Spec) {
         let files = self.files.insert(spec.identity.job, 0);
-        assert_eq!(files.is_some(), spec.wakes, "files are new, or those of before");
+        assert_eq!(
+            files.is_some(),
+            spec.start == Start::Saved,
+            "files are new, or those of before"
+        );
+        if let Start::Template(template) = spec.start {
+            assert_eq!(self.files[&template], SAVED_MIB, "a template without its machine");
+        }
         if let Some(saved_mib) = files {
-            assert_eq!(saved_mib, 100, "a machine without its file");
+            assert_eq!(saved_mib, SAVED_MIB, "a machine without its file");
             self.files.insert(spec.identity.job, saved_mib);
         }
     }
@@ -258,8 +282,9 @@ impl Bench {
     /// What has to be true at every moment.
     fn check_promises(&self) {
         let node = &self.node;
-        let held = |id: &JobId| admission::held_mib(node.jobs[id].job.token().mem_mib);
-        let all_held: u32 = node.slots.iter().flatten().map(held).sum();
+        let held = |id: &JobId| node.jobs[id].reserved_mib;
+        let templates = node.saved.iter().filter(|id| node.jobs[*id].job.slot().is_none());
+        let all_held: u32 = node.slots.iter().flatten().chain(templates).map(held).sum();
         assert_eq!(node.mem_mib_free + all_held, node.config.mem_mib, "memory was lost");
         for (id, record) in &node.jobs {
             let job = &record.job;
@@ -614,8 +639,10 @@ impl Dice {
     fn a_move(&mut self, bench: &Bench) -> Move {
         let job = self.throw(12) as u8;
         let lives = bench.vms.values().any(|vm| vm.job == job);
-        match self.throw(16) {
+        match self.throw(19) {
             0 | 1 => Boot(job),
+            16 => BootTemplate(job),
+            17 | 18 => BootClone(job, self.throw(12) as u8, 8),
             2 => Pay(job, self.throw(40) as u32),
             3 => PayWrong(job, self.throw(40) as u32),
             4 => Status(job),

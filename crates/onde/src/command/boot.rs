@@ -28,6 +28,7 @@ pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCo
         content: Content::Cold { kernel: &kernel, initrd: &initrd, cmdline: &boot.cmdline },
         title: kernel_file.display().to_string(),
         has_agent: false,
+        is_template: false,
     };
     let job = launch(&cluster, &boot.order, &machine, &interrupt, report)?;
     if !boot.follow {

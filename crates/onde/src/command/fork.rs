@@ -226,6 +226,8 @@ impl Family {
             loader_sha256: Hex(self.loader_sha256),
             tokens,
             moves: None,
+            template: false,
+            clones: None,
         };
         let broker = &self.cluster.broker;
         let opened = if till.is_full { broker.open_job(&request) } else { buy(broker, &request) };

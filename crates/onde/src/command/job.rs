@@ -90,6 +90,7 @@ pub fn end_words(end: EndReason) -> Option<&'static str> {
         EndReason::Fault => Some("its VMM failed"),
         EndReason::Stopped => Some("it was stopped"),
         EndReason::OutOfTokens => Some("its balance reached zero"),
+        EndReason::OutOfMemory => Some("it wrote more memory than it had bought"),
     }
 }
 

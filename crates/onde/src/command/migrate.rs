@@ -183,6 +183,8 @@ fn buy_for(
         loader_sha256: Hex(sha256(&loader()?)),
         tokens: first,
         moves: Some(old.id),
+        template: false,
+        clones: None,
     };
     let opened = buy(&cluster.broker, &request)?;
     let mut new = Job::new(&opened, &old.title, &cluster.name, budget);

@@ -44,6 +44,7 @@ pub fn run(context: Option<&str>, run: &Run, report: &Report) -> Result<ExitCode
         content: Content::Cold { kernel: &vmlinux, initrd: &initrd, cmdline: CMDLINE },
         title: title.join(" "),
         has_agent: true,
+        is_template: false,
     };
     let job = launch(&cluster, &run.order, &machine, &interrupt, report)?;
     let job = cluster.jobs.update(&job.id.0, |job| job.purse = run.purse)?;

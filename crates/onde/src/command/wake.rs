@@ -1,91 +1,102 @@
-//! `onde boot --from`: new VMs of a snapshot's file. Each is bought, filled and awake before the next is. The whole
-//! file is judged before anything is bought.
+//! `onde boot --from` and `--clone`: new VMs of a snapshot's file, or of a template on its node. The whole file is judged
+//! before anything is bought. Several VMs are made by template start: one upload, then clones.
 
 use anyhow::{Context, Result};
-use onde_client::bootstrap;
-use onde_client::job::Job;
-use onde_client::snapshot::{SnapshotFile, tell_time};
+use onde_client::snapshot::SnapshotFile;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use super::{console, print};
-use crate::cli::Order;
+use super::print;
+use crate::cli::{Boot, Order};
 use crate::cluster::Cluster;
 use crate::failure::hinted;
 use crate::interrupt::Interrupt;
 use crate::launch::{Content, Machine, launch};
 use crate::report::Report;
+use crate::template::{self, Wanted};
 use crate::{settle, wallet};
 
-/// How long a copy may take from its memory's last byte to its agent's first answer, on a busy emulated node.
-const WAKE_PATIENCE: Duration = Duration::from_secs(30);
-/// Lines of the console that are shown of a copy that does not wake up.
-const CONSOLE_LINES: usize = 12;
 const UNDONE: &str = "the VM may still run, and its change was not collected";
 
-pub fn run(
-    context: Option<&str>,
-    file: &Path,
-    count: u16,
-    order: &Order,
-    report: &Report,
-) -> Result<ExitCode> {
-    if count > 1 && order.name.is_some() {
-        return Err(hinted("one name for several jobs", "leave --name out, or -n"));
-    }
+pub fn run(context: Option<&str>, file: &Path, boot: &Boot, report: &Report) -> Result<ExitCode> {
+    one_name(boot)?;
     let saved = SnapshotFile::open(file)?;
     let cluster = Arc::new(Cluster::open(context)?);
     let start = saved.start();
     let order = Order {
         memory: u32::try_from(start.mem_bytes >> 20).context("the snapshot is too large")?,
         vcpus: u16::try_from(start.vcpus).context("the snapshot has too many processors")?,
-        node: order.node,
-        tokens: order.tokens,
-        budget: order.budget,
-        name: order.name.clone(),
-        while_command: order.while_command.clone(),
-        progress_file: order.progress_file.clone(),
-        progress_within: order.progress_within,
+        ..boot.order.clone()
     };
     let interrupt = Interrupt::watch()?;
-    for _ in 0..count {
-        let machine = Machine {
-            content: Content::Saved(&saved),
-            title: format!("from {}", file.display()),
-            has_agent: true,
-        };
-        let job = launch(&cluster, &order, &machine, &interrupt, report)?;
-        wake(&cluster, &job, &interrupt, report)?;
-        wallet::leave(&cluster, &job)?;
-        // It is the wallet's now; what a signal ends is the next one.
-        interrupt.hold(|| ());
-        print(&format!("{}\n", job.short_id()))?;
+    let is_template = boot.template || boot.count > 1;
+    let machine = Machine {
+        content: Content::Saved(&saved),
+        title: format!("from {}", file.display()),
+        has_agent: !is_template,
+        is_template,
+    };
+    if !is_template {
+        return one(&cluster, &order, &machine, &interrupt, report);
     }
+    let template = template::make(&cluster, &order, &machine, &interrupt, report)?;
+    wallet::leave(&cluster, &template)?;
+    if boot.template {
+        print(&format!("{}\n", template.short_id()))?;
+        return Ok(ExitCode::SUCCESS);
+    }
+    let wanted =
+        Wanted { template: &template, order: &order, held_mib: boot.held, is_temporary: true };
+    let made = template::clones(&cluster, &wanted, boot.count.into(), &interrupt, report);
+    // The clones go on: they keep what they share of it.
+    settle::tell(&cluster, &template, report);
+    made.map(|()| ExitCode::SUCCESS)
+}
+
+/// `--clone`.
+pub fn clones(name: &str, boot: &Boot, report: &Report) -> Result<ExitCode> {
+    one_name(boot)?;
+    let (cluster, template) = Cluster::open_for(name)?;
+    let interrupt = Interrupt::watch()?;
+    let wanted = Wanted {
+        template: &template,
+        order: &boot.order,
+        held_mib: boot.held,
+        is_temporary: false,
+    };
+    template::clones(&Arc::new(cluster), &wanted, boot.count.into(), &interrupt, report)?;
     Ok(ExitCode::SUCCESS)
 }
 
-/// Waits until the copy answers as itself; gives it back if it does not.
-fn wake(cluster: &Cluster, job: &Job, interrupt: &Interrupt, report: &Report) -> Result<()> {
+fn one_name(boot: &Boot) -> Result<()> {
+    match &boot.order.name {
+        Some(_) if boot.count > 1 => {
+            Err(hinted("one name for several jobs", "leave --name out, or -n"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// One VM, filled over the network.
+fn one(
+    cluster: &Arc<Cluster>,
+    order: &Order,
+    machine: &Machine<'_>,
+    interrupt: &Interrupt,
+    report: &Report,
+) -> Result<ExitCode> {
+    let job = launch(cluster, order, machine, interrupt, report)?;
     let begun = Instant::now();
-    let awake = bootstrap::connect(&job.handle(), job.guest_ipv4, WAKE_PATIENCE);
-    let awake = awake.map(|channel| {
-        // A guest whose clock is wrong serves all the same.
-        let _ = tell_time(channel);
-    });
-    let Err(error) = awake else {
-        let ms = begun.elapsed().as_millis();
-        report.line(&format!(
-            "job {} is awake at {}, {ms} ms later",
-            job.short_id(),
-            job.guest_ipv4
-        ));
-        return Ok(());
-    };
-    let tail = console::tail(job, CONSOLE_LINES);
-    interrupt.leave(UNDONE);
-    settle::tell(cluster, job, report);
-    let tail = tail.map_or(String::new(), |tail| format!("; the end of its console:\n{tail}"));
-    Err(error).with_context(|| format!("job {} did not wake up{tail}", job.short_id()))
+    template::wake(&job).inspect_err(|_| {
+        interrupt.leave(UNDONE);
+        settle::tell(cluster, &job, report);
+    })?;
+    let ms = begun.elapsed().as_millis();
+    let (id, ipv4) = (job.short_id(), job.guest_ipv4);
+    report.line(&format!("job {id} is awake at {ipv4}, {ms} ms later"));
+    wallet::leave(cluster, &job)?;
+    print(&format!("{id}\n"))?;
+    Ok(ExitCode::SUCCESS)
 }

@@ -3,7 +3,7 @@
 
 use onde_wire::key::Key;
 use onde_wire::packet::{Packet, Request};
-use onde_wire::token::BootToken;
+use onde_wire::token::{BootToken, Origin};
 
 pub const NODE_MAC: [u8; 6] = [0x02, 0x4f, 198, 18, 1, 1];
 pub const NODE_IPV4: [u8; 4] = [198, 18, 1, 1];
@@ -83,6 +83,8 @@ pub fn boot(nonce: u64) -> Packet {
         first_count: 10,
         loader_sha256: [5; 32],
         mem_mib: 128,
+        held_mib: 128,
+        origin: Origin::Loader,
         vcpus: 1,
         disk_mib: 0,
         net_kib_s: 0,

@@ -9,7 +9,8 @@ use super::vcpu::Vcpu;
 use super::vcpu_state::VcpuState;
 use crate::fault::{Fault, Part};
 use crate::gathering::Call;
-use crate::machine::{Machine, Source};
+use crate::machine::{Machine, Outcome};
+use crate::noded::Leave;
 use crate::state::{self, HEAD_SIZE};
 
 /// Exits after which an access is done: a string instruction of a page makes one for each byte at most.
@@ -86,12 +87,12 @@ impl Vcpu {
             return Ok(RESULT_INVALID);
         }
         drop(view);
-        let Some(source) = machine.parse_source(&bytes) else { return Ok(RESULT_UNREADABLE) };
-        self.go_on(source, machine)
+        self.go_on(bytes, machine)
     }
 
-    /// Makes all vCPUs the guest's, who goes on where it was saved. Called by the first vCPU's thread.
-    pub fn go_on(&mut self, mut source: Source, machine: &Machine) -> Result<u32, Fault> {
+    /// Makes all vCPUs the guest's, who goes on where this state was saved. Called by the first vCPU's thread.
+    pub fn go_on(&mut self, state: Vec<u8>, machine: &Machine) -> Result<u32, Fault> {
+        let Some(mut source) = machine.parse_source(&state) else { return Ok(RESULT_UNREADABLE) };
         let calls = std::mem::take(&mut source.vcpus)
             .into_iter()
             .map(|vcpu| Call::Load(Box::new(vcpu)))
@@ -112,7 +113,10 @@ impl Vcpu {
         // devices, which could send something, come after it.
         machine.load_clock(&source)?;
         drop(turn);
-        machine.noded.ask_leave();
+        if machine.noded.ask_leave() == Leave::Save {
+            machine.end(Outcome::Kept(state));
+            return Ok(RESULT_OK);
+        }
         machine.load_devices(source);
         machine.gathering.release();
         machine.drop_boot_soon();

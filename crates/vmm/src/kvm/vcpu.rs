@@ -27,6 +27,7 @@ use super::vcpu_state::MsrList;
 use crate::control::Request;
 use crate::fault::{Context, Fault, Part};
 use crate::machine::{Machine, Outcome};
+use crate::noded::Leave;
 use crate::sandbox;
 
 /// The vCPU that starts; the others wait for INIT and SIPI.
@@ -110,13 +111,13 @@ impl Vcpu {
         }
     }
 
-    /// Where this machine is one that was saved: the first vCPU goes on from there, and has all others do so.
+    /// Where this machine is one that was saved, or a clone: the first vCPU goes on from there, and has all others do so.
     fn wake(&mut self, machine: &Machine) -> Result<(), Fault> {
         if self.id != FIRST {
             return Ok(());
         }
-        let Some(source) = machine.take_waking() else { return Ok(()) };
-        match self.go_on(source, machine)? {
+        let Some(state) = machine.take_waking() else { return Ok(()) };
+        match self.go_on(state, machine)? {
             RESULT_OK => Ok(()),
             result => Err(Fault::new(Part::Saved, format!("wake up: result {result}"))),
         }
@@ -196,7 +197,12 @@ impl Vcpu {
         self.finish_access(machine)?;
         machine.hand_over()?;
         self.reset.set_cold(&self.fd, start)?;
-        machine.noded.ask_leave();
+        if machine.noded.ask_leave() == Leave::Save {
+            return Err(Fault::new(
+                Part::Saved,
+                "only a machine that was copied can be a template",
+            ));
+        }
         machine.drop_boot_soon();
         Ok(())
     }

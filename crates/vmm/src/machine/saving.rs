@@ -1,12 +1,12 @@
 //! A machine that `noded` has saved to a file, and one that wakes up from it. The guest has no part in either: it stands
-//! still at one instruction and goes on at the same.
+//! still at one instruction and goes on at the same. A template is saved before its first instruction.
 
 use std::sync::PoisonError;
 
 use onde_wire::machine::VmmEvent;
 use onde_wire::stream::Start;
 
-use super::{Machine, Outcome, Source};
+use super::{Machine, Outcome};
 use crate::fault::{Fault, Part};
 use crate::gathering::Call;
 use crate::kvm::vcpu_state::VcpuState;
@@ -37,7 +37,7 @@ impl Machine {
         }
         let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
         match self.save_all(vcpus) {
-            Ok(_) => self.end(Outcome::Saved),
+            Ok(()) => self.end(Outcome::Saved),
             Err(fault) => {
                 eprintln!("vmm: not saved: {fault}");
                 self.noded.tell(VmmEvent::NotSaved);
@@ -47,14 +47,18 @@ impl Machine {
         true
     }
 
-    fn save_all(&self, vcpus: Vec<Vec<u8>>) -> Result<u64, Fault> {
+    fn save_all(&self, vcpus: Vec<Vec<u8>>) -> Result<(), Fault> {
+        let role = self.bus.control().role();
+        self.write_to_file(&self.save(role, vcpus)?.emit())
+    }
+
+    /// Writes RAM and this state to the machine's file. Nothing runs in it.
+    pub fn write_to_file(&self, state: &[u8]) -> Result<(), Fault> {
         let nowhere = || Fault::new(Part::Saved, "there is no file for it");
         let file = self.saved.as_ref().ok_or_else(nowhere)?;
-        let role = self.bus.control().role();
-        let state = self.save(role, vcpus)?.emit();
         let ram = self.memory().ram.clone();
-        let written = saved::write(file, &self.start_record(), &ram, &state);
-        written.map_err(|error| Fault::new(Part::Saved, format!("write it: {error}")))
+        let written = saved::write(file, &self.start_record(), &ram, state);
+        written.map(|_| ()).map_err(|error| Fault::new(Part::Saved, format!("write it: {error}")))
     }
 
     /// Reads the machine that this one goes on from, before any of its vCPUs runs.
@@ -63,14 +67,12 @@ impl Machine {
         let file = self.saved.as_ref().ok_or_else(nowhere)?;
         let ram = self.memory().ram.clone();
         let state = saved::read(file, &self.start_record(), &ram)?;
-        let other = || Fault::new(Part::Saved, "the file holds another kind of machine");
-        let source = self.parse_source(&state).ok_or_else(other)?;
-        *self.waking.lock().unwrap_or_else(PoisonError::into_inner) = Some(source);
+        *self.waking.lock().unwrap_or_else(PoisonError::into_inner) = Some(state);
         Ok(())
     }
 
-    /// The machine to go on from, once.
-    pub fn take_waking(&self) -> Option<Source> {
+    /// The state to go on from, once.
+    pub fn take_waking(&self) -> Option<Vec<u8>> {
         self.waking.lock().unwrap_or_else(PoisonError::into_inner).take()
     }
 }

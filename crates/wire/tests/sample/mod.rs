@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use onde_wire::key::{Key, certificate_key, job_key, node_id, node_key, sha256};
-use onde_wire::token::{BootToken, Certificate, Renewal};
+use onde_wire::token::{BootToken, Certificate, Origin, Renewal};
 
 pub const MAC: [u8; 6] = [2, 0x4f, 198, 18, 1, 1];
 pub const JOB: [u8; 16] = [9; 16];
@@ -37,6 +37,8 @@ pub fn token() -> BootToken {
         first_count: 10,
         loader_sha256: [5; 32],
         mem_mib: 128,
+        held_mib: 40,
+        origin: Origin::Clone([9; 16]),
         vcpus: 2,
         disk_mib: 64,
         net_kib_s: 1024,
