@@ -201,7 +201,7 @@ impl Bench {
         let kernel = KernelCache::find()?;
         let shape = Shape { nodes, memory_mib: NODE_MIB, vcpus: 2, ..Shape::default() };
         let progress = Step::new(&format!("{nodes} node(s) boot; the peer runs {runs} times"));
-        let lab = Lab::up_with(&dir.join("lab"), &shape, &extras(&kernel, &files)?, |_| {})?;
+        let lab = Lab::up_for_now(&dir.join("lab"), &shape, &extras(&kernel, &files)?)?;
         progress.done("ready");
         fs::remove_dir_all(&files)?;
         lab.enter()?;

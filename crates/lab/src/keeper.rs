@@ -233,6 +233,7 @@ impl Keeper {
             Request::Status => {}
             Request::Watch => client.watches = true,
             Request::Keep => client.guards = false,
+            Request::Hold => client.watches = false,
             Request::Kill(number) => {
                 self.node(number)?.kill()?;
                 self.changed = true;

@@ -68,23 +68,15 @@ pub fn default_dir() -> Result<PathBuf> {
 #[derive(Debug)]
 pub struct Lab {
     dir: PathBuf,
+    /// Where the lab ends with this value: the keeper minds that it closes.
+    _guard: Option<UnixStream>,
 }
 
 impl Lab {
     /// Brings up the lab in `dir` and waits until all of it is ready; `on_change` sees each state
     /// on the way. Where a lab of this shape runs in `dir` already, it is that one. On error, and
     /// when this process dies on the way, nothing is left running.
-    pub fn up(dir: &Path, shape: &Shape, on_change: impl FnMut(&Status)) -> Result<Self> {
-        Self::up_with(dir, shape, &[], on_change)
-    }
-
-    /// [`Lab::up`] with more files in the node image.
-    pub fn up_with(
-        dir: &Path,
-        shape: &Shape,
-        extra: &[image::Extra],
-        mut on_change: impl FnMut(&Status),
-    ) -> Result<Self> {
+    pub fn up(dir: &Path, shape: &Shape, mut on_change: impl FnMut(&Status)) -> Result<Self> {
         check(shape)?;
         let dir = std::path::absolute(dir)?;
         if let Some(lab) = Self::find(&dir)? {
@@ -100,15 +92,17 @@ impl Lab {
             on_change(&lab.status()?);
             return Ok(lab);
         }
-        prepare(&dir, shape, extra)?;
-        let mut guard = start_keeper(&dir)?;
-        let ready = wait_until(&mut guard, on_change, None)
-            .and_then(|()| guard.ask(Request::Keep).map(drop))
-            .map_err(|error| explain(error, &dir));
-        if ready.is_err() {
-            guard.close();
-        }
-        ready.map(|()| Self { dir })
+        start(&dir, shape, &[], on_change, Request::Keep)?;
+        Ok(Self { dir, _guard: None })
+    }
+
+    /// Brings up a lab in `dir` with more files in the node image. It ends with this value, and with this process,
+    /// however that ends: for tests and benchmarks. No lab runs there yet.
+    pub fn up_for_now(dir: &Path, shape: &Shape, extra: &[image::Extra]) -> Result<Self> {
+        check(shape)?;
+        let dir = std::path::absolute(dir)?;
+        let guard = start(&dir, shape, extra, |_| {}, Request::Hold)?;
+        Ok(Self { dir, _guard: Some(guard.stream) })
     }
 
     /// Powers on what is down.
@@ -125,7 +119,7 @@ impl Lab {
     pub fn find(dir: &Path) -> Result<Option<Self>> {
         let dir = std::path::absolute(dir)?;
         match UnixStream::connect(dir.join(SOCKET)) {
-            Ok(_) => Ok(Some(Self { dir })),
+            Ok(_) => Ok(Some(Self { dir, _guard: None })),
             Err(error) => match error.kind() {
                 ErrorKind::NotFound | ErrorKind::ConnectionRefused => Ok(None),
                 _ => {
@@ -221,6 +215,27 @@ pub fn clean(dir: &Path) -> Result<()> {
         remove(dir, false)?;
     }
     Ok(())
+}
+
+/// Starts the keeper and waits until all of its lab is ready; then tells it `last`.
+fn start(
+    dir: &Path,
+    shape: &Shape,
+    extra: &[image::Extra],
+    on_change: impl FnMut(&Status),
+    last: Request,
+) -> Result<Connection> {
+    prepare(dir, shape, extra)?;
+    let mut guard = start_keeper(dir)?;
+    let ready = wait_until(&mut guard, on_change, None).and_then(|()| guard.ask(last).map(drop));
+    match ready {
+        Ok(()) => Ok(guard),
+        Err(error) => {
+            let error = explain(error, dir);
+            guard.close();
+            Err(error)
+        }
+    }
 }
 
 fn check(shape: &Shape) -> Result<()> {

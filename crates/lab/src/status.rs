@@ -100,6 +100,8 @@ pub enum Request {
     Watch,
     /// The client that started the lab is content: the lab outlives its connection.
     Keep,
+    /// The client that started the lab is content: the lab ends with its connection.
+    Hold,
     /// Cut a node's power.
     Kill(u8),
     /// Power a node on.

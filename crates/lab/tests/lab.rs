@@ -85,6 +85,13 @@ fn nothing_stays_when_up_or_the_keeper_dies() {
     check_ended(started);
     assert!(!dir.exists());
 
+    // A lab for now ends with whoever holds it.
+    let lab = Lab::up_for_now(&dir, &SHAPE, &[]).unwrap();
+    let started = processes(&lab);
+    drop(lab);
+    check_ended(started);
+    assert!(!dir.exists());
+
     // A keeper that is killed takes its nodes along, and the next `up` finds its way.
     let lab = up(&dir);
     let started = processes(&lab);
