@@ -33,9 +33,10 @@ pub const TICK_MIN_MS: u64 = 10;
 /// A time between two charges that only the node can be at fault for (it stood still, or its clock jumped): nothing of
 /// it is charged. Five looks that were missed; shorter, and a node that is merely busy would work for nothing.
 pub const STALL_MS: u64 = 5 * TICK_MAX_MS;
-/// Time for mstrap, the loader and the stream. Longer, and an abandoned upload holds memory
-/// that others would pay for; shorter, and a large VM cannot come in over a slow line.
-pub const BOOT_MAX_MS: u64 = 90_000;
+/// How long a VM that is being filled may send nothing: what comes in over TCP is acknowledged, so it stands still then,
+/// and a loader of ours gives up long before. How long all of it takes is limited by what is paid. Longer, and an
+/// abandoned upload costs its customer more; shorter, and a slow line that stumbles loses all that is there.
+pub const BOOT_STALL_MS: u64 = 90_000;
 /// Time to write a VM to disk or to read it back, at least, and for each MiB of it: a slow disk's 20 MiB a second. What
 /// takes longer is stuck.
 const FILE_MAX_MS: u64 = 60_000;
@@ -103,6 +104,8 @@ pub struct Job {
     reading: Reading,
     /// The next reading holds work of the node's own, which nobody pays for.
     skips_reading: bool,
+    /// When its VM sent something last, while it is being filled.
+    sent_ms: u64,
     due_ms: u64,
     burn: Burn,
     has_resumed: bool,
@@ -144,6 +147,7 @@ impl Job {
             charged_ms: now_ms,
             reading: Reading::default(),
             skips_reading: false,
+            sent_ms: now_ms,
             due_ms: 0,
             burn: Burn { micro_per_s: burn, from_ms: now_ms, from_cost_micro: 0 },
             has_resumed: false,
@@ -233,7 +237,7 @@ impl Job {
         let file_ms = FILE_MAX_MS + FILE_MAX_MS_PER_MIB * u64::from(self.token.mem_mib);
         match (self.doing, self.stage) {
             (Doing::Saving(from_ms, false) | Doing::Waking(from_ms, false), _) => from_ms + file_ms,
-            (Doing::Nothing, Stage::Booting) => self.started_ms + BOOT_MAX_MS,
+            (Doing::Nothing, Stage::Booting) => self.sent_ms + BOOT_STALL_MS,
             _ => u64::MAX,
         }
     }
@@ -293,6 +297,9 @@ impl Job {
     pub fn charge(&mut self, now_ms: u64, reading: Reading) -> Verdict {
         let used = reading.since(&self.reading);
         self.reading = reading.max(&self.reading);
+        if used.sent_bytes > 0 {
+            self.sent_ms = now_ms;
+        }
         let is_nodes_work = self.is_saving() || self.is_saved();
         let skips = std::mem::replace(&mut self.skips_reading, is_nodes_work) || is_nodes_work;
         self.charge_for(now_ms, if skips { Reading::default() } else { used })

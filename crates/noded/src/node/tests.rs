@@ -42,6 +42,8 @@ enum Move {
     Dies(u8),
     /// From now on it uses all of its processor.
     Busy(u8),
+    /// From now on it sends nothing.
+    Quiet(u8),
     /// So many milliseconds pass.
     Wait(u64),
     /// So many milliseconds pass in which the node stands still.
@@ -53,6 +55,7 @@ struct FakeVm {
     job: u8,
     started_ms: u64,
     busy_from_ms: Option<u64>,
+    quiet_from_ms: u64,
     is_killed: bool,
     meter: Meter,
 }
@@ -125,6 +128,10 @@ impl Bench {
             Move::Busy(job) => {
                 let (slot, now_ms) = (self.slot(job), self.now_ms);
                 self.vms.get_mut(&slot).expect("it lives").busy_from_ms = Some(now_ms);
+            }
+            Move::Quiet(job) => {
+                let (slot, now_ms) = (self.slot(job), self.now_ms);
+                self.vms.get_mut(&slot).expect("it lives").quiet_from_ms = now_ms;
             }
             Move::Wait(time_ms) => self.wait(time_ms),
             Move::Stall(time_ms) => {
@@ -215,7 +222,7 @@ impl Bench {
             Effect::Read(slot) => {
                 let vm = &self.vms[&slot];
                 let busy_ms = vm.busy_from_ms.map_or(0, |from_ms| self.now_ms - from_ms);
-                let sent_bytes = (self.now_ms - vm.started_ms) * 10;
+                let sent_bytes = (self.now_ms.min(vm.quiet_from_ms) - vm.started_ms) * 10;
                 Some(Event::Read(slot, Reading { cpu_us: busy_ms * 1000, sent_bytes }))
             }
             Effect::ReadConsole(slot, offset, caller) => {
@@ -264,6 +271,7 @@ impl Bench {
             job: spec.identity.job[0],
             started_ms: self.now_ms,
             busy_from_ms: None,
+            quiet_from_ms: u64::MAX,
             is_killed: false,
             meter,
         };
@@ -517,11 +525,19 @@ fn nobody_holds_memory_for_a_loader_that_does_not_come() {
     check(&[
         (Boot(1), "booted .2 with 3000000"),
         (Pay(1, 100), "paid 100 left 100000000"),
+        (Quiet(1), ""),
         (Wait(89_000), ""),
         (Wait(2000), ""),
-        (Stop(1), "certificate 100 spent 2250838 unused 97749162"),
-        (Status(1), "ended BootTimeout spent 2250838 left 97749162 burn 0 for 0 s"),
+        (Stop(1), "certificate 100 spent 2250000 unused 97750000"),
+        (Status(1), "ended BootTimeout spent 2250000 left 97750000 burn 0 for 0 s"),
         (Boot(2), "Expired"),
+    ]);
+    // As long as it acknowledges what comes in, it may take its time.
+    check(&[
+        (Boot(1), "booted .2 with 3000000"),
+        (Pay(1, 100), "paid 100 left 100000000"),
+        (Wait(200_000), ""),
+        (Status(1), "booting None spent 4992384 left 95007616 burn 25010 for 3798 s"),
     ]);
 }
 
