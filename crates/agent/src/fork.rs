@@ -10,7 +10,7 @@
 use onde_client::bootstrap::Vacant;
 use onde_client::channel::Writer;
 use onde_client::session::frames::FrameWriter;
-use onde_client::stream::records;
+use onde_client::stream::Packer;
 use onde_wire::machine::Identity;
 use onde_wire::session::{AgentFrame, Round, TICKET_SIZE, Taken, Ticket};
 use onde_wire::stream::Start;
@@ -120,7 +120,8 @@ pub fn run(
     let copying = Copying::begin(guest)?;
     let loader = target::loader().map_err(|error| Failed::Machine(format!("{error:#}")))?;
     let (tell, verdicts) = channel();
-    let mut branches = Branches { client, queues: Vec::new(), told: None };
+    let packer = Packer::default();
+    let mut branches = Branches { client, packer, queues: Vec::new(), told: None };
     let mut ready = Vec::new();
     for ((index, ticket), opened) in (0..).zip(targets(tickets)).zip(open(tickets, &loader)) {
         match (ticket, opened) {
@@ -166,6 +167,7 @@ fn open(tickets: &[u8], loader: &[u8]) -> Vec<anyhow::Result<Vacant>> {
 /// The VMs that are being filled.
 struct Branches<'a> {
     client: &'a mut FrameWriter<Writer>,
+    packer: Packer,
     /// Of those that take what they are sent.
     queues: Vec<SyncSender<Piece>>,
     /// What the client was told last, and when.
@@ -177,13 +179,6 @@ impl Branches<'_> {
         let fault = verdict.as_ref().err().map_or(String::new(), |error| format!("{error:#}"));
         self.client.agent(&AgentFrame::Made { index, fault: &fault })?;
         self.client.flush()
-    }
-
-    /// Sends to all that are left. Errors: none is.
-    fn put(&mut self, piece: &Piece) -> io::Result<()> {
-        // One whose thread ended has told why.
-        self.queues.retain(|queue| queue.send(piece.clone()).is_ok());
-        if self.queues.is_empty() { Err(io::Error::other("no VM takes the copy")) } else { Ok(()) }
     }
 
     fn copy(
@@ -200,7 +195,7 @@ impl Branches<'_> {
             Ok(None) => return Ok(None),
             Ok(Some((taken, state))) => {
                 // Where none is left, each told why.
-                let _ = self.put(&Piece::State(Arc::new(state)));
+                let _ = put(&mut self.queues, &Piece::State(Arc::new(state)));
                 Ok(Some(taken))
             }
             Err(Failed::Sink(error)) => Err(Failed::Machine(error.to_string())),
@@ -212,6 +207,13 @@ impl Branches<'_> {
         }
         taken
     }
+}
+
+/// Sends to all that are left. Errors: none is.
+fn put(queues: &mut Vec<SyncSender<Piece>>, piece: &Piece) -> io::Result<()> {
+    // One whose thread ended has told why.
+    queues.retain(|queue| queue.send(piece.clone()).is_ok());
+    if queues.is_empty() { Err(io::Error::other("no VM takes the copy")) } else { Ok(()) }
 }
 
 impl Sink for Branches<'_> {
@@ -229,6 +231,8 @@ impl Sink for Branches<'_> {
         {
             self.round(round)?;
         }
-        records(address, bytes).try_for_each(|record| self.put(&Piece::Record(Arc::new(record))))
+        let Self { packer, queues, .. } = self;
+        let mut records = packer.records(address, bytes);
+        records.try_for_each(|record| put(queues, &Piece::Record(Arc::new(record))))
     }
 }

@@ -8,6 +8,8 @@ use onde_wire::channel::{
 };
 use onde_wire::key::Key;
 use onde_wire::token::JobId;
+use rustix::io::Errno;
+use rustix::net::SendFlags;
 use std::io::{self, ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
 use std::sync::Arc;
@@ -192,7 +194,8 @@ impl Read for Reader {
     }
 }
 
-/// The outgoing half. Bytes gather into records; [`Write::flush`] sends what is there.
+/// The outgoing half. Bytes gather into records; [`Write::flush`] sends what is there. A record that is full leaves only
+/// with what follows it, so that TCP can fill its segments: each packet costs a VM at either end several exits.
 pub struct Writer {
     stream: Arc<TcpStream>,
     cipher: Cipher,
@@ -226,21 +229,34 @@ impl Writer {
 
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Only now that there is more: after a flush nothing is left that TCP keeps for company.
+        if self.size == RECORD_MAX && !bytes.is_empty() {
+            self.send(SendFlags::MORE)?;
+        }
         let count = bytes.len().min(RECORD_MAX - self.size);
         self.record[RECORD_HEAD + self.size..][..count].copy_from_slice(&bytes[..count]);
         self.size += count;
-        if self.size == RECORD_MAX {
-            self.flush()?;
-        }
         Ok(count)
     }
 
     fn flush(&mut self) -> io::Result<()> {
-        if self.size == 0 {
-            return Ok(());
-        }
+        if self.size == 0 { Ok(()) } else { self.send(SendFlags::empty()) }
+    }
+}
+
+impl Writer {
+    /// Seals the record and hands it to the kernel.
+    fn send(&mut self, flags: SendFlags) -> io::Result<()> {
         let wire = self.cipher.seal(&mut self.record, std::mem::take(&mut self.size));
-        (&*self.stream).write_all(&self.record[..wire])
+        let mut rest = &self.record[..wire];
+        while !rest.is_empty() {
+            match rustix::net::send(&*self.stream, rest, flags | SendFlags::NOSIGNAL) {
+                Ok(count) => rest = &rest[count..],
+                Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+        Ok(())
     }
 }
 

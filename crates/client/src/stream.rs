@@ -2,6 +2,7 @@
 //! their way. `launch`ers send it to a loader through `bootstrap`, `agent` sends its own machine. `snapshot` reads it back.
 
 use crate::layout::Layout;
+use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use onde_wire::machine::PAGE_SIZE;
 use onde_wire::stream::{CHUNK_MAX, HEAD_SIZE, Head, Kind, Sender, Start};
 use std::io::{self, Write};
@@ -30,9 +31,41 @@ pub struct Record {
     pub payload: Vec<u8>,
 }
 
-/// The packed records of memory from `address` on, whole pages.
-pub fn records(address: u64, bytes: &[u8]) -> impl Iterator<Item = Record> {
-    runs(address, bytes).map(|(address, run)| memory(address, run))
+/// Packs memory. It keeps its tables and its room from one run of pages to the next: in a guest that is being copied,
+/// fresh memory is memory that has to be copied again.
+pub struct Packer {
+    table: CompressTable,
+    room: Box<[u8]>,
+}
+
+impl Default for Packer {
+    fn default() -> Self {
+        let room = vec![0; get_maximum_output_size(CHUNK_MAX as usize)].into();
+        Self { table: CompressTable::large(), room }
+    }
+}
+
+impl Packer {
+    /// The packed records of memory from `address` on, whole pages.
+    pub fn records(&mut self, address: u64, bytes: &[u8]) -> impl Iterator<Item = Record> {
+        runs(address, bytes).map(|(address, run)| {
+            let (head, payload) = self.pack(address, run);
+            Record { head, payload: payload.to_vec() }
+        })
+    }
+
+    /// The record of one run of pages, a chunk at most unless all are zero.
+    fn pack<'a>(&'a mut self, address: u64, run: &'a [u8]) -> (Head, &'a [u8]) {
+        let (kind, payload) = match is_zero(run) {
+            true => (Kind::Zero, &[][..]),
+            false => match compress_into_with_table(run, &mut self.room, &mut self.table) {
+                Ok(size) if size < run.len() => (Kind::Lz4, &self.room[..size]),
+                _ => (Kind::Raw, run),
+            },
+        };
+        let payload_size = payload.len() as u32;
+        (Head { kind, payload_size, address, mem_size: run.len() as u64 }, payload)
+    }
 }
 
 /// A stream under way to `out`: START is written, memory comes, then [`Self::machine`] ends it.
@@ -40,12 +73,14 @@ pub struct StreamWriter<W> {
     out: W,
     sender: Sender,
     sent: u64,
+    /// Made when memory comes: what goes to many is packed before.
+    packer: Option<Packer>,
 }
 
 impl<W: Write> StreamWriter<W> {
     /// Begins a stream for this machine.
     pub fn start(out: W, start: &Start) -> io::Result<Self> {
-        let mut stream = Self { out, sender: Sender::default(), sent: 0 };
+        let mut stream = Self { out, sender: Sender::default(), sent: 0, packer: None };
         stream.put(&plain(Kind::Start, start.emit().to_vec()))?;
         Ok(stream)
     }
@@ -62,7 +97,13 @@ impl<W: Write> StreamWriter<W> {
 
     /// Writes memory from `address` on, whole pages, packed.
     pub fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()> {
-        records(address, bytes).try_for_each(|record| self.put(&record))
+        let mut packer = self.packer.take().unwrap_or_default();
+        let done = runs(address, bytes).try_for_each(|(address, run)| {
+            let (head, payload) = packer.pack(address, run);
+            self.record(&head, payload)
+        });
+        self.packer = Some(packer);
+        done
     }
 
     /// Writes a record as it is.
@@ -131,8 +172,9 @@ fn plain(kind: Kind, payload: Vec<u8>) -> Record {
 
 /// Packs all memory, until done or nobody takes it any more.
 fn pack(layout: &Layout, out: &SyncSender<Record>) {
+    let mut packer = Packer::default();
     for piece in &layout.pieces {
-        for record in records(piece.address, &piece.bytes) {
+        for record in packer.records(piece.address, &piece.bytes) {
             if out.send(record).is_err() {
                 return;
             }
@@ -160,20 +202,6 @@ fn runs(mut address: u64, mut bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])
 
 fn is_zero(bytes: &[u8]) -> bool {
     bytes.iter().all(|byte| *byte == 0)
-}
-
-/// The record of one run of pages.
-fn memory(address: u64, run: &[u8]) -> Record {
-    let mem_size = run.len() as u64;
-    let (kind, payload) = match is_zero(run) {
-        true => (Kind::Zero, Vec::new()),
-        false => match lz4_flex::block::compress(run) {
-            packed if packed.len() < run.len() => (Kind::Lz4, packed),
-            _ => (Kind::Raw, run.to_vec()),
-        },
-    };
-    let payload_size = payload.len() as u32;
-    Record { head: Head { kind, payload_size, address, mem_size }, payload }
 }
 
 #[cfg(test)]
