@@ -7,6 +7,7 @@
 //! | `serve`, `tls`, `rate` | connections, the certificate, limits |
 //! | `http`, `metrics` | requests and answers, figures |
 //! | `audit`, `backup` | the proof that the books are right, and copies of them |
+//! | `policy` | what the owner charges where and when |
 //! | `accounts`, `payments`, `sale`, `settle`, `jobs`, `usage` | money and jobs |
 //! | `ledger`, `journal`, `store` | what is kept: acts once, double entry, SQLite or PostgreSQL |
 //! | `chains`, `traversal` | long hash chains, kept as a few values |
@@ -25,6 +26,7 @@ pub mod ledger;
 pub mod metrics;
 pub mod nodes;
 pub mod payments;
+pub mod policy;
 pub mod poller;
 pub mod rate;
 pub mod refusal;
@@ -56,6 +58,7 @@ pub struct Broker {
     metrics: metrics::Metrics,
     webhook: Option<payments::Webhook>,
     signer: SigningKey,
+    policy: policy::Policy,
 }
 
 impl Broker {
@@ -73,12 +76,18 @@ impl Broker {
             metrics,
             webhook: None,
             signer,
+            policy: Default::default(),
         }
     }
 
     /// The same, selling chains of 2^`levels` tokens: short ones cost little to make and are soon at their end.
     pub fn with_chains(self, levels: u32) -> Self {
         Self { stock: chains::Stock::new(levels), ..self }
+    }
+
+    /// The same, charging by the owner's rules.
+    pub fn with_policy(self, policy: policy::Policy) -> Self {
+        Self { policy, ..self }
     }
 
     fn nodes(&self) -> MutexGuard<'_, Nodes> {

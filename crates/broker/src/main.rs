@@ -5,6 +5,7 @@ mod command;
 use anyhow::{Context, Result};
 use clap::Parser;
 use onde_broker::ledger::Ledger;
+use onde_broker::policy::Policy;
 use onde_broker::poller::Poller;
 use onde_broker::store::shown;
 use onde_broker::tls::Identity;
@@ -55,6 +56,10 @@ struct Args {
     /// The secret that a shop system signs its webhook with; made if it is not there [default: no webhook]
     #[arg(long, value_name = "FILE")]
     webhook_secret_file: Option<PathBuf>,
+    /// What is charged on which nodes and at what time of day: rules, the first that fits counts [default: what each node
+    /// says]
+    #[arg(long, value_name = "FILE")]
+    prices: Option<PathBuf>,
     /// How the log is written to standard error
     #[arg(long, value_enum, default_value_t = LogFormat::Text)]
     log: LogFormat,
@@ -139,6 +144,13 @@ fn run(args: &Args) -> Result<()> {
     served
 }
 
+/// The owner's rules.
+fn policy(file: &Path) -> Result<Policy> {
+    let text = std::fs::read_to_string(file)
+        .with_context(|| format!("reading the prices in {}", file.display()))?;
+    Policy::parse(&text).with_context(|| format!("the prices in {}", file.display()))
+}
+
 /// Gives the broker its secrets for receipts and the webhook, both made at the first start.
 fn providers(args: &Args, broker: Broker) -> Result<Broker> {
     let file = args.admin_key_file.with_file_name("receipt.key");
@@ -146,7 +158,10 @@ fn providers(args: &Args, broker: Broker) -> Result<Broker> {
     let key = secret(&file, drawn).with_context(|| format!("the key file {}", file.display()))?;
     let key: onde_client::api::Hex<32> =
         key.parse().with_context(|| format!("in {}", file.display()))?;
-    let broker = broker.signing_with(&key.0);
+    let broker = match &args.prices {
+        Some(file) => broker.signing_with(&key.0).with_policy(policy(file)?),
+        None => broker.signing_with(&key.0),
+    };
     let Some(file) = &args.webhook_secret_file else { return Ok(broker) };
     let key = secret(file, accounts::new_key)
         .with_context(|| format!("the webhook's secret {}", file.display()))?;

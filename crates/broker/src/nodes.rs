@@ -1,6 +1,7 @@
 //! What the broker knows of the nodes: the last verified answer of each to HELLO, and when it came. The poller
 //! feeds it, sales choose from it. In memory only: after a restart the sweep fills it in seconds.
 
+use crate::policy::Policy;
 use crate::refusal::Refusal;
 use onde_client::api::{Hex, JobRequest, Node, NodeChoice, Prices};
 use onde_wire::packet::Hello;
@@ -50,6 +51,25 @@ pub struct Reserved {
     pub mem_mib: u64,
     /// VMs.
     pub slots: u64,
+}
+
+/// What is asked of the owner's rules: at what time.
+#[derive(Clone, Copy)]
+pub struct Market<'a> {
+    /// The rules.
+    pub policy: &'a Policy,
+    /// Seconds since 1970.
+    pub unix_s: u64,
+    /// The same on the clock that never jumps.
+    pub now: Instant,
+}
+
+impl Market<'_> {
+    /// A node with what the owner charges there now.
+    fn priced(&self, seen: &Seen) -> Seen {
+        let prices = self.policy.prices(seen.hello.number, &seen.hello.prices, self.unix_s);
+        Seen { hello: Hello { prices, ..seen.hello }, at: seen.at }
+    }
 }
 
 /// What changed with a HELLO.
@@ -138,8 +158,9 @@ impl Nodes {
         &self,
         request: &JobRequest,
         reserved: &HashMap<NodeId, Reserved>,
-        now: Instant,
+        market: Market<'_>,
     ) -> Result<Seen, Refusal> {
+        let now = market.now;
         let room = |seen: &Seen| {
             let reserved = reserved.get(&seen.hello.node).copied().unwrap_or_default();
             why_not(seen, request, reserved, now)
@@ -151,16 +172,17 @@ impl Nodes {
             };
             let newest = self.seen.values().filter(asked).max_by_key(|seen| seen.at);
             let seen = newest.ok_or(Refusal::NotFound("node"))?;
-            return room(seen).map_or(Ok(*seen), |why| Err(Refusal::NoFittingNode(why)));
+            return room(seen)
+                .map_or(Ok(market.priced(seen)), |why| Err(Refusal::NoFittingNode(why)));
         }
         let fitting = self.seen.values().filter(|seen| room(seen).is_none());
+        let fitting = fitting.map(|seen| market.priced(seen));
         let free = |seen: &Seen| {
             let reserved = reserved.get(&seen.hello.node).map_or(0, |reserved| reserved.mem_mib);
             u64::from(seen.hello.mem_mib_free).saturating_sub(reserved)
         };
         fitting
             .min_by_key(|seen| (rate(seen, request), std::cmp::Reverse(free(seen))))
-            .copied()
             .ok_or(Refusal::NoFittingNode("no node that answers has room for this"))
     }
 
@@ -171,14 +193,14 @@ impl Nodes {
         reserved: &HashMap<NodeId, Reserved>,
         after: Option<u32>,
         limit: usize,
-        now: Instant,
+        market: Market<'_>,
     ) -> Vec<Node> {
         let is_behind = |seen: &&Seen| after.is_none_or(|after| seen.hello.number > after);
         let mut nodes: Vec<_> = self.seen.values().filter(is_behind).collect();
         nodes.sort_by_key(|seen| (seen.hello.number, seen.hello.node));
         let shown = |seen: &Seen| {
             let reserved = reserved.get(&seen.hello.node).copied().unwrap_or_default();
-            show(plan, seen, reserved, now)
+            show(plan, &market.priced(seen), reserved, market.now)
         };
         nodes.into_iter().take(limit).map(shown).collect()
     }

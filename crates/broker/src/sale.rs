@@ -6,7 +6,7 @@ use crate::accounts::balance;
 use crate::chains::{self, New};
 use crate::jobs::{self, JobRow};
 use crate::journal::{self, Act, Book, Reason, request_key, signed};
-use crate::nodes::{Reserved, Seen};
+use crate::nodes::{Market, Reserved, Seen};
 use crate::refusal::Refusal;
 use crate::store::{Tx, params};
 use crate::usage::note_prices;
@@ -18,6 +18,7 @@ use onde_wire::chain::Value;
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::{Key, job_key, sha256};
 use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
+use onde_wire::packet::Prices;
 use onde_wire::plan;
 use onde_wire::token::{BootToken, JobId, NodeId, Origin, Renewal};
 use std::collections::HashMap;
@@ -104,9 +105,15 @@ impl Broker {
     ) -> Result<NodeList, Refusal> {
         let reserved = self.ledger.read(reserved)?;
         let limit = limit as usize;
-        let nodes = self.nodes().page(&self.cluster.plan, &reserved, after, limit, now);
+        let market = self.at(self.store().unix_s(), now);
+        let nodes = self.nodes().page(&self.cluster.plan, &reserved, after, limit, market);
         let next = nodes.last().filter(|_| nodes.len() == limit).map(|node| node.number);
         Ok(NodeList { nodes, next })
+    }
+
+    /// The market at a moment, by both clocks.
+    fn at(&self, unix_s: u64, now: Instant) -> Market<'_> {
+        Market { policy: &self.policy, unix_s, now }
     }
 
     /// Sells a boot token.
@@ -123,7 +130,7 @@ impl Broker {
                 Some(clones) => &at_template(tx, account, request, &clones.template.0)?,
                 None => request,
             };
-            let seen = self.nodes().choose(request, &reserved(tx)?, now)?;
+            let seen = self.nodes().choose(request, &reserved(tx)?, self.at(tx.unix_s(), now))?;
             let guest = match request.moves {
                 Some(job) => moved_guest(tx, account, &job.0)?,
                 None => free_guest(tx, self.cluster.plan.guests_max())?,
@@ -134,22 +141,27 @@ impl Broker {
             journal::open(tx, Book::Job(&job.id))?;
             let key = request_key(account, &request.idempotency_key);
             charge(tx, &job, Reason::Boot, (1, job.sold), key)?;
-            let prices = seen.hello.prices;
-            Ok(JobOpened { prices: Some(prices.into()), ..self.opened(&job, request, new.anchor) })
+            Ok(self.opened(&job, request, new.anchor, seen.hello.prices))
         })
     }
 
     /// The answer to a sale: the token itself, and the key that its owner speaks to the node with.
-    fn opened(&self, job: &JobRow, request: &JobRequest, anchor: Value) -> JobOpened {
+    fn opened(
+        &self,
+        job: &JobRow,
+        request: &JobRequest,
+        anchor: Value,
+        prices: Prices,
+    ) -> JobOpened {
         let node_key = self.node_key(&job.node_id);
-        let token = self.boot_token(job, request, anchor);
+        let token = BootToken { prices, ..self.boot_token(job, request, anchor) };
         JobOpened {
             job: job.show(&self.cluster.plan),
             job_key: Hex(job_key(&node_key, &job.id)),
             boot_token: Hex(token.emit()),
             boot_tag: Hex(token.sign(&node_key)),
             expires_in_ms: BOOT_TOKEN_LIFE_MS,
-            prices: None,
+            prices: Some(prices.into()),
             keep_s: self.cluster.keep_s,
         }
     }
@@ -183,6 +195,7 @@ impl Broker {
             ipv4,
             gateway: self.cluster.gateway,
             prefix_len: plan.prefix_len(),
+            prices: Prices::default(),
         }
     }
 

@@ -4,6 +4,8 @@ mod stage;
 
 use onde_broker::Broker;
 use onde_broker::audit::audit;
+use onde_broker::ledger::Ledger;
+use onde_broker::policy::Policy;
 use onde_broker::watch::Heard;
 use onde_client::api::*;
 use onde_wire::chain;
@@ -13,6 +15,8 @@ use onde_wire::packet::Op;
 use onde_wire::token::{BootToken, Origin};
 use stage::*;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 /// A served broker with nodes 1 and 2 alive, and the moment that its tests count from.
@@ -469,4 +473,46 @@ fn describes_itself() {
     let sold = "onde_broker_jobs_sold_total 0\n";
     assert!(metrics.contains(sold), "{metrics}");
     assert!(metrics.contains(line) && metrics.contains("onde_broker_nodes_alive 2\n"), "{metrics}");
+}
+
+#[test]
+fn prices_are_the_owners_by_node_and_time_of_day() {
+    let (dir, now) = (Dir::new(), Instant::now());
+    let hour = Arc::new(AtomicU64::new(12));
+    let clock = Arc::clone(&hour);
+    let ledger = Ledger::open(&place(&dir.0)).expect("a ledger");
+    let ledger = ledger.with_clock(Box::new(move || clock.load(Relaxed) * 3600));
+    let rules = "nodes=1 hours=22-6 percent=50\nnodes=2 vcpu_s=9000 gib_s=70\nnodes=3 free";
+    let policy = Policy::parse(rules).expect("rules");
+    let broker = Broker::new(cluster(), ledger, OPERATOR, now).with_policy(policy);
+    (1..=4).for_each(|number| hear(&broker, hello(number, 1), now));
+    broker.open_account(&AccountRequest { name: "a".into() }).expect("an account");
+    let credit = CreditRequest { idempotency_key: "c".into(), micro: 100 * TOKEN };
+    broker.credit_account("a", &credit).expect("money");
+    let buy = |node: Option<u32>| {
+        let request = JobRequest { node: node.map(NodeChoice::Number), ..purchase(1) };
+        let opened = broker.open_job("a", &request, now).expect("a job");
+        let token = BootToken::parse(&opened.boot_token.0).expect("a boot token");
+        assert_eq!(
+            opened.prices,
+            Some(token.prices.into()),
+            "the customer is told what the node is"
+        );
+        let usage = broker.usage("a", &opened.job.id.0, None, 1).expect("its usage");
+        assert_eq!(usage.prices, opened.prices, "and so is who reads the bill");
+        let listed = broker.node_list(None, 9, now).expect("nodes").nodes;
+        let listed =
+            listed.iter().find(|node| node.number == opened.job.node).expect("it is there");
+        assert_eq!(Some(listed.prices), opened.prices, "as `onde price` compares");
+        (opened.job.node, token.prices.vcpu_s, token.prices.gib_s)
+    };
+    assert_eq!(buy(Some(1)), (1, 1001, 10), "by day what the node says");
+    assert_eq!(buy(Some(2)), (2, 9000, 70), "fixed");
+    assert_eq!(buy(Some(3)), (3, 0, 0), "free");
+    assert_eq!(buy(Some(4)), (4, 1004, 10), "no rule");
+    assert_eq!(buy(None), (3, 0, 0), "the cheapest");
+    hour.store(23, Relaxed);
+    assert_eq!(buy(Some(1)), (1, 500, 5), "half at night");
+    hour.store(30, Relaxed);
+    assert_eq!(buy(Some(1)), (1, 1001, 10), "six o'clock is day");
 }

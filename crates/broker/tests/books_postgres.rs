@@ -4,7 +4,7 @@
 mod books;
 
 use books::stage::server::Server;
-use books::stage::{OPERATOR, TOKEN, cluster, fresh_key, hear, hello, purchase};
+use books::stage::{Dir, OPERATOR, TOKEN, cluster, fresh_key, hear, hello, purchase};
 use onde_broker::audit::audit;
 use onde_broker::ledger::Ledger;
 use onde_broker::refusal::Refusal;
@@ -38,6 +38,46 @@ fn buy(broker: &Broker, job: &Job, tell: &Sender<()>, sold: &Mutex<Vec<u32>>) {
         sold.lock().expect("no panic").push(paid.index);
         tell.send(()).expect("the test listens");
     }
+}
+
+#[test]
+fn a_connection_is_encrypted_where_the_url_says_so_and_the_server_proves_itself() {
+    let server = Server::start();
+    server.new_database();
+    let made =
+        |host: &str| rcgen::generate_simple_self_signed([host.to_owned()]).expect("a certificate");
+    // An address of this machine that is nobody else's.
+    let host =
+        format!("127.77.{}.{}", 1 + std::process::id() % 250, 1 + std::process::id() / 250 % 250);
+    let (right, other) = (made(&host), made(&host));
+    server.listen_with_tls(&host, &right.cert.pem(), &right.signing_key.serialize_pem());
+    let dir = Dir::new();
+    let file = |name: &str, text: String| {
+        let path = dir.0.join(name);
+        std::fs::write(&path, text).expect("written");
+        path.to_str().expect("UTF-8").to_owned()
+    };
+    let (right, other) = (file("right", right.cert.pem()), file("other", other.cert.pem()));
+    let open = |query: &str| {
+        let url = format!("postgres://onde@{host}/postgres?{query}");
+        Store::open(&url).map(|store| {
+            let sql = "SELECT CAST(ssl AS INTEGER) FROM pg_stat_ssl WHERE pid = pg_backend_pid()";
+            store.read(|tx| tx.value::<i64>(sql, &[])).expect("a row")
+        })
+    };
+    for mode in ["require", "verify-ca", "verify-full"] {
+        let query = format!("sslmode={mode}&sslrootcert={right}");
+        assert_eq!(open(&query).expect("a proof"), 1, "{mode}");
+        open(&format!("sslmode={mode}&sslrootcert={other}")).expect_err("another's certificate");
+        open(&format!("sslmode={mode}")).expect_err("no authority of this machine signed it");
+    }
+    assert_eq!(open("sslmode=disable").expect("plain"), 0);
+    assert_eq!(open("").expect("plain"), 0);
+    let told = open("sslmode=perhaps").expect_err("no such mode").to_string();
+    assert_eq!(told, "the database's URL: sslmode is disable, require or verify-full");
+    // A server that has no TLS is not talked to in plain.
+    let told = Store::open(&format!("{}?sslmode=require", Server::start().url("postgres")));
+    told.err().expect("a socket in a folder has no name to prove");
 }
 
 #[test]

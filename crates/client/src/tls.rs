@@ -53,6 +53,13 @@ pub fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::aws_lc_rs::default_provider())
 }
 
+/// The authorities that this machine believes. None at all is no error here: then no certificate is believed.
+pub fn authorities() -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    roots
+}
+
 /// Believes the one certificate that has the pin.
 #[derive(Debug)]
 struct Pinned {
@@ -115,12 +122,7 @@ impl TlsConnector {
                 let verifier = Arc::new(Pinned { pin, algorithms });
                 builder.dangerous().with_custom_certificate_verifier(verifier)
             }
-            None => {
-                let mut roots = RootCertStore::empty();
-                // None at all is no error here: then no certificate is believed.
-                roots.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
-                builder.with_root_certificates(roots)
-            }
+            None => builder.with_root_certificates(authorities()),
         };
         Self(Some(Arc::new(config.with_no_client_auth())))
     }

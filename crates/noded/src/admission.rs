@@ -82,7 +82,7 @@ pub fn check(config: &Config, token: &BootToken, now_ms: u64) -> Result<(), Stat
     if token.vcpus > config.cpus || token.disk_mib > config.disk_mib {
         return Err(Status::NoRoom);
     }
-    if token.first_count == 0 && burn_max(&config.terms.prices, token) > 0 {
+    if token.first_count == 0 && burn_max(&token.prices, token) > 0 {
         return Err(Status::BadPayment);
     }
     Ok(())

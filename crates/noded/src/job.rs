@@ -123,9 +123,9 @@ impl Job {
     /// A job that was just admitted into `slot`, with `room_mib` of disk to be saved on. `token` went through
     /// [`crate::admission`].
     pub fn new(token: BootToken, slot: u32, now_ms: u64, terms: &Terms, room_mib: u32) -> Self {
-        let burn = burn_held(&terms.prices, held_running(&token));
+        let burn = burn_held(&token.prices, held_running(&token));
         let mut job = Self {
-            terms: *terms,
+            terms: Terms { prices: token.prices, ..*terms },
             slot: Some(slot),
             stage: Stage::Booting,
             end: EndReason::None,

@@ -62,6 +62,7 @@ pub fn token(number: u8) -> BootToken {
         ipv4,
         gateway: [0; 4],
         prefix_len: 15,
+        prices: PRICES,
     }
 }
 

@@ -82,6 +82,7 @@ impl Attacked {
             ipv4,
             gateway: [0; 4],
             prefix_len: 15,
+            prices: self.config.terms.prices,
         }
     }
 

@@ -18,7 +18,7 @@ use onde_wire::key::{self, Key};
 use onde_wire::machine::Stage;
 use onde_wire::packet::{EndReason, Hello, JobStatus, Op, Packet, Reply, Request, Status};
 use onde_wire::plan::Plan;
-use onde_wire::token::{BootToken, Origin};
+use onde_wire::token::{BootToken, JobId, Origin};
 
 const SECRET: &str = "00112233445566778899aabbccddeeff00112233445566778899aabbccddeeff";
 const PRICES: &str = "price.vcpu_s=800000\nprice.gib_s=200000\nprice.gib_sent=1000000\n\
@@ -37,7 +37,7 @@ struct Service {
     lines: Receiver<String>,
     stream: Option<UnixStream>,
     hello: Option<Hello>,
-    jobs: u8,
+    jobs: u32,
 }
 
 fn ip(args: &str) -> String {
@@ -135,16 +135,16 @@ impl Service {
         }
     }
 
-    fn job_key(&self, job: u8) -> Key {
+    fn job_key(&self, job: u32) -> Key {
         let node = self.hello.expect("connected").node;
         let node_key = Key::new(&key::node_key(&hex(SECRET).expect("hex"), &node));
-        Key::new(&key::job_key(&node_key, &[job; 16]))
+        Key::new(&key::job_key(&node_key, &id(job)))
     }
 
-    fn ask(&mut self, job: u8, request: Request) -> Reply {
+    fn ask(&mut self, job: u32, request: Request) -> Reply {
         let key = self.job_key(job);
-        let packet = request.emit(9, &[job; 16], &key);
-        let up = Handover::Up([job; COOKIE_SIZE], packet).emit();
+        let packet = request.emit(9, &id(job), &key);
+        let up = Handover::Up([job as u8; COOKIE_SIZE], packet).emit();
         self.stream.as_mut().expect("connected").write_all(&up).expect("packetd listens");
         loop {
             if let Some(packet) = self.receive() {
@@ -154,15 +154,15 @@ impl Service {
     }
 
     /// Boots the stand-in for a VM whose part is `mem_mib`, with so many micro-tokens.
-    fn boot(&mut self, mem_mib: u32, balance_micro: u64) -> u8 {
+    fn boot(&mut self, mem_mib: u32, balance_micro: u64) -> u32 {
         self.jobs += 1;
         let (job, hello) = (self.jobs, self.hello.expect("connected"));
-        let ipv4 = Plan::parse("198.18.0.0/15").expect("a network").guest(job.into());
+        let ipv4 = Plan::parse("198.18.0.0/15").expect("a network").guest(job);
         let token = BootToken {
             broker_key: [0; 8],
             node: hello.node,
             incarnation: hello.incarnation,
-            job: [job; 16],
+            job: id(job),
             expiry_ms: hello.uptime_ms + 60_000,
             anchor: chain::walk(&[9; 32], 100),
             value_micro: balance_micro,
@@ -178,20 +178,21 @@ impl Service {
             ipv4,
             gateway: [0; 4],
             prefix_len: 15,
+            prices: hello.prices,
         };
         let reply = self.ask(job, Request::Boot(token, [0; 32]));
         assert!(matches!(reply, Reply::Boot(_)), "{reply:?}");
         job
     }
 
-    fn status(&mut self, job: u8) -> JobStatus {
+    fn status(&mut self, job: u32) -> JobStatus {
         match self.ask(job, Request::Status) {
             Reply::Status(status) => status,
             other => panic!("{other:?} is no status"),
         }
     }
 
-    fn console(&mut self, job: u8) -> String {
+    fn console(&mut self, job: u32) -> String {
         match self.ask(job, Request::Console(0)) {
             Reply::Console(slice) => {
                 String::from_utf8_lossy(&slice.data[..slice.len.into()]).into_owned()
@@ -232,6 +233,11 @@ impl Drop for Service {
         let _ = Command::new("ip").args(["netns", "del", &self.namespace]).status();
         let _ = fs::remove_dir_all(&self.folder);
     }
+}
+
+/// Id of a job.
+fn id(job: u32) -> JobId {
+    std::array::from_fn(|at| job.to_le_bytes()[at % 4])
 }
 
 /// Waits until `look` sees something.
@@ -327,7 +333,7 @@ fn nothing_is_left_of_vms_that_ended() {
 }
 
 impl Service {
-    fn reach(&mut self, job: u8, stage: Stage) {
+    fn reach(&mut self, job: u32, stage: Stage) {
         until(stage.name(), || Some(()).filter(|()| self.status(job).stage == stage));
     }
 
@@ -361,13 +367,13 @@ fn a_machine_goes_to_disk_and_back() {
     until("the old count", || Some(()).filter(|()| service.count() == before));
 }
 
-/// Jobs in a row, each ended in another way. `ONDE_TEST_JOBS` says how many (at most 250).
+/// Jobs in a row, each ended in another way. `ONDE_TEST_JOBS` says how many: 1000 take a minute or two.
 #[test]
 fn nothing_piles_up_over_many_jobs() {
     let count = std::env::var("ONDE_TEST_JOBS").ok().and_then(|text| text.parse().ok());
     let mut service = Service::start();
     let (before, free) = (service.count(), service.free());
-    for number in 0..count.unwrap_or(24u8) {
+    for number in 0..count.unwrap_or(24u32) {
         let job = service.boot(if number % 4 == 1 { 65 } else { 72 }, 90_000_000);
         if number % 4 >= 2 {
             service.reach(job, Stage::Running);

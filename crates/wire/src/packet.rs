@@ -361,6 +361,18 @@ pub struct Prices {
     pub disk_gib_s: u64,
 }
 
+impl Prices {
+    pub(crate) fn emit(&self, w: &mut Writer<'_>) {
+        [self.vcpu_s, self.gib_s, self.gib_sent, self.disk_gib_s]
+            .iter()
+            .for_each(|price| w.put(&price.to_le_bytes()));
+    }
+
+    pub(crate) fn parse(r: &mut Reader<'_>) -> Option<Self> {
+        Some(Self { vcpu_s: r.u64()?, gib_s: r.u64()?, gib_sent: r.u64()?, disk_gib_s: r.u64()? })
+    }
+}
+
 /// Answer to HELLO.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hello {
@@ -627,10 +639,7 @@ impl Hello {
         w.put(&self.disk_mib_free.to_le_bytes());
         w.put(&self.cpus.to_le_bytes());
         w.put(&self.slots_free.to_le_bytes());
-        let prices = &self.prices;
-        [prices.vcpu_s, prices.gib_s, prices.gib_sent, prices.disk_gib_s]
-            .iter()
-            .for_each(|price| w.put(&price.to_le_bytes()));
+        self.prices.emit(w);
     }
 
     fn parse(r: &mut Reader<'_>) -> Option<Self> {
@@ -645,12 +654,7 @@ impl Hello {
             disk_mib_free: r.u32()?,
             cpus: r.u16()?,
             slots_free: r.u16()?,
-            prices: Prices {
-                vcpu_s: r.u64()?,
-                gib_s: r.u64()?,
-                gib_sent: r.u64()?,
-                disk_gib_s: r.u64()?,
-            },
+            prices: Prices::parse(r)?,
         })
     }
 }

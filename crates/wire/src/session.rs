@@ -640,7 +640,7 @@ mod tests {
         let ticket =
             Ticket { node: [1; 4], key: [2; 32], token: [3; BOOT_TOKEN_SIZE], tag: [4; 32] };
         let tickets = [ticket.emit(), ticket.emit()].concat();
-        check_client(Fork(&tickets), &[&b"\x0B\x14\x02\0\0"[..], &tickets].concat());
+        check_client(Fork(&tickets), &[&b"\x0B\x54\x02\0\0"[..], &tickets].concat());
         assert_eq!(Ticket::parse(&tickets[..TICKET_SIZE]), Some(ticket));
         check_client(Release, b"\x0C\0\0\0\0");
         let purse = super::Purse {

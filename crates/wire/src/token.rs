@@ -5,6 +5,7 @@
 use crate::bytes::{Reader, Writer};
 use crate::chain;
 use crate::key::{Key, Tag};
+use crate::packet::Prices;
 
 /// 16 bytes that name a job, chosen at random by the broker.
 pub type JobId = [u8; 16];
@@ -16,7 +17,7 @@ pub type Incarnation = [u8; 16];
 /// "ONDEBOOT", first in every boot token: keeps its tag apart from all other uses of the node key.
 const BOOT_MAGIC: [u8; 8] = *b"ONDEBOOT";
 /// Bytes of a boot token without its tag.
-pub const BOOT_TOKEN_SIZE: usize = 198;
+pub const BOOT_TOKEN_SIZE: usize = 230;
 
 /// Where a VM's memory comes from, and what becomes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,6 +71,8 @@ pub struct BootToken {
     pub gateway: [u8; 4],
     /// Length of the guest's network prefix.
     pub prefix_len: u8,
+    /// What the node charges for this job.
+    pub prices: Prices,
 }
 
 impl BootToken {
@@ -102,6 +105,7 @@ impl BootToken {
         w.put(&[self.prefix_len, kind]);
         w.put(&template);
         w.put(&self.held_mib.to_le_bytes());
+        self.prices.emit(&mut w);
         out
     }
 
@@ -136,6 +140,7 @@ impl BootToken {
             ipv4: r.array()?,
             gateway: r.array()?,
             prefix_len: r.u8()?,
+            prices: Prices::default(),
         };
         token.origin = match (r.u8()?, r.array()?) {
             (0, _) => Origin::Loader,
@@ -144,6 +149,7 @@ impl BootToken {
             _ => return None,
         };
         token.held_mib = r.u32()?;
+        token.prices = Prices::parse(&mut r)?;
         Some(token)
     }
 }

@@ -16,7 +16,7 @@ fn requests() -> [(Request, &'static str); 9] {
         (Request::Hello, "7d4fa13209b58e1a8af3b5e3df0e305d70a68fe9ddf7f2e9e60020d97ee30b68"),
         (
             Request::Boot(token, tag),
-            "bdb31e4d68ea525b095001c713b960d67f8d8d37fc459cfb47ef913805c1565c",
+            "ad091fe46c4720f4b493d0279ceae6531857adb025f1bab67da40a157459cb39",
         ),
         (
             Request::Pay(PaymentToken { index: 77, value: [6; 32] }),

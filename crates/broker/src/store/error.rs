@@ -17,6 +17,9 @@ pub enum StoreError {
     /// The file could not be made or opened.
     #[error(transparent)]
     File(#[from] std::io::Error),
+    /// The URL asks for what there is not.
+    #[error("the database's URL: {0}")]
+    Url(&'static str),
     /// Rows are not as this program writes them.
     #[error("the store holds what no broker wrote: {0}")]
     Shape(&'static str),

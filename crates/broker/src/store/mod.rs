@@ -14,6 +14,7 @@ mod error;
 mod migrate;
 mod postgres;
 mod sqlite;
+mod tls;
 mod value;
 
 pub use error::StoreError;

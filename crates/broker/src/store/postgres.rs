@@ -1,11 +1,14 @@
 //! The store in PostgreSQL: a few connections, made when wanted, dropped when broken. Statements are SQLite's with
 //! other parameter signs.
 
+use super::tls::Tls;
 use super::{Access, Row, Session, StoreError, Value};
+use postgres::config::SslMode;
 use postgres::types::{ToSql, Type};
 use postgres::{Client, Config, NoTls, Statement};
 use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
+use std::path::Path;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -33,6 +36,8 @@ pub struct Connected {
 /// Connections to one database.
 pub struct Pool {
     config: Config,
+    /// Where the URL asks for it.
+    tls: Option<Tls>,
     idle: Mutex<Idle>,
     returned: Condvar,
 }
@@ -53,10 +58,12 @@ pub struct Lent<'a> {
 impl Pool {
     /// Nothing is connected yet.
     pub fn new(url: &str) -> Result<Self, StoreError> {
+        let (url, tls) = encryption(url)?;
         let mut config: Config = url.parse()?;
+        config.ssl_mode(if tls.is_some() { SslMode::Require } else { SslMode::Disable });
         config.application_name("onde-broker").connect_timeout(CONNECT_TIME_MAX);
         config.tcp_user_timeout(SILENCE_MAX);
-        Ok(Self { config, idle: Mutex::default(), returned: Condvar::new() })
+        Ok(Self { config, tls, idle: Mutex::default(), returned: Condvar::new() })
     }
 
     /// A connection: an idle one, a new one, or the first that comes back.
@@ -76,10 +83,34 @@ impl Pool {
     }
 
     fn connect(&self) -> Result<Connected, StoreError> {
-        let mut client = self.config.connect(NoTls)?;
+        let mut client = match &self.tls {
+            Some(tls) => self.config.connect(tls.clone())?,
+            None => self.config.connect(NoTls)?,
+        };
         client.batch_execute(SETTINGS)?;
         Ok(Connected { client, statements: HashMap::new(), has_failed: false })
     }
+}
+
+/// A URL without what it says of TLS, and the TLS that it asks for: `sslmode=require`, `verify-ca` and `verify-full` all
+/// mean that the server has to prove who it is, by the authorities in `sslrootcert=FILE` or this machine's.
+fn encryption(url: &str) -> Result<(String, Option<Tls>), StoreError> {
+    let (place, query) = url.split_once('?').unwrap_or((url, ""));
+    let (mut rest, mut is_wanted, mut file) = (Vec::new(), false, None);
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        match pair.split_once('=') {
+            Some(("sslmode", "disable" | "allow" | "prefer")) => is_wanted = false,
+            Some(("sslmode", "require" | "verify-ca" | "verify-full")) => is_wanted = true,
+            Some(("sslmode", _)) => {
+                return Err(StoreError::Url("sslmode is disable, require or verify-full"));
+            }
+            Some(("sslrootcert", path)) => file = Some(Path::new(path)),
+            _ => rest.push(pair),
+        }
+    }
+    let mark = if rest.is_empty() { "" } else { "?" };
+    let tls = is_wanted.then(|| Tls::new(file)).transpose()?;
+    Ok((format!("{place}{mark}{}", rest.join("&")), tls))
 }
 
 impl Drop for Lent<'_> {

@@ -2,7 +2,8 @@
 //! own, on a Unix socket. It ends with the test program, whatever happens to that. No server, no test passes.
 
 use super::{Dir, fresh_key};
-use std::os::unix::fs::chown;
+use std::io::Write;
+use std::os::unix::fs::{PermissionsExt, chown};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::sync::{LazyLock, Mutex};
@@ -13,7 +14,7 @@ static SERVER: LazyLock<Server> = LazyLock::new(Server::start);
 /// Longest wait for a server to start, on a machine that is busy with other tests.
 const START_MAX: Duration = Duration::from_secs(120);
 /// Ends the server when standard input does, which the test program holds; then nothing of it stays.
-const KEEP: &str = r#"trap '' INT TERM; run() { exec "$0" -D "$1/data" -k "$1" -c listen_addresses= \
+const KEEP: &str = r#"trap '' INT TERM; run() { exec "$0" -D "$1/data" -k "$1" \
     -c max_connections=200 -c logging_collector=off </dev/null >>"$1/log" 2>&1; }
     run "$@" & pid=$!; cat >/dev/null; kill -QUIT $pid; wait $pid; rm -rf "$1""#;
 
@@ -55,6 +56,7 @@ impl Server {
             .output()
             .expect("initdb runs");
         assert!(init.status.success(), "initdb: {}", String::from_utf8_lossy(&init.stderr));
+        set(&path, "listen_addresses = ''");
         let keeper = Mutex::new(keep(&bin, &path, owner));
         let server = Self { dir: path, owner, bin, keeper };
         server.wait();
@@ -85,6 +87,21 @@ impl Server {
         self.url(&name)
     }
 
+    /// From now on it listens on `host`, one of this machine's own addresses, and proves itself there by this certificate
+    /// (PEM); it was started again for that.
+    pub fn listen_with_tls(&self, host: &str, certificate: &str, key: &str) {
+        for (name, text) in [("server.crt", certificate), ("server.key", key)] {
+            let file = self.dir.join("data").join(name);
+            std::fs::write(&file, text).expect("written");
+            std::fs::set_permissions(&file, PermissionsExt::from_mode(0o600)).expect("a mode");
+            if let Some((uid, gid)) = self.owner {
+                chown(&file, Some(uid), Some(gid)).expect("root may give a file away");
+            }
+        }
+        set(&self.dir, &format!("listen_addresses = '{host}'\nssl = on"));
+        self.crash();
+    }
+
     /// Kills all of the server's processes at once and starts it again over what they left.
     pub fn crash(&self) {
         let note = self.dir.join("data/postmaster.pid");
@@ -110,6 +127,12 @@ impl Server {
         drop(keeper);
         self.wait();
     }
+}
+
+/// Adds a line to a server's settings.
+fn set(dir: &Path, line: &str) {
+    let settings = std::fs::OpenOptions::new().append(true).open(dir.join("data/postgresql.conf"));
+    writeln!(settings.expect("initdb made it"), "{line}").expect("written");
 }
 
 /// A field of /proc/PID/stat behind the name: 0 is the state, 1 the parent.

@@ -186,6 +186,7 @@ impl World {
             ipv4: guest,
             gateway: [0; 4],
             prefix_len: self.cluster.plan.prefix_len(),
+            prices: self.cluster.prices,
         };
         change(&mut token);
         let node_key = Key::new(&key::node_key(&self.cluster.secret, &hello.node));

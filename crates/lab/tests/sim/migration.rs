@@ -119,6 +119,7 @@ fn token(node: &Metal, job: JobId, count: u32) -> BootToken {
         ipv4,
         gateway: [0; 4],
         prefix_len: 15,
+        prices: crate::metal::PRICES,
     }
 }
 

@@ -487,6 +487,19 @@ fn a_vm_runs_as_long_as_it_paid_and_no_longer() {
 }
 
 #[test]
+fn a_machine_whose_balance_ends_while_it_comes_in_never_runs() {
+    // The target of a fork or a migration: its source hears that it never ran, and goes on.
+    check(&[
+        (Boot(1), "booted .2 with 3000000"),
+        (Busy(1), ""),
+        (Wait(3700), ""),
+        (Status(1), "purged OutOfTokens spent 3000000 left 0 burn 0 for 0 s"),
+        (StopUnlessResumed(1), "certificate 3 spent 3000000 unused 0"),
+        (Pay(1, 9), "Ended"),
+    ]);
+}
+
+#[test]
 fn what_ended_costs_nothing_more() {
     for (event, reason) in
         [(Vmm::PowerOff, End::PowerOff), (Vmm::Reset, End::Reset), (Vmm::Fault(3), End::Fault)]

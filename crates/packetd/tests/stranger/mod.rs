@@ -92,6 +92,7 @@ pub fn boot(nonce: u64) -> Packet {
         ipv4: [198, 19, 0, 1],
         gateway: [0; 4],
         prefix_len: 15,
+        prices: onde_wire::packet::Prices::default(),
     };
     let tag = token.sign(&Key::new(&NODE_KEY));
     Request::Boot(token, tag).emit(nonce, &JOB, &job_key())

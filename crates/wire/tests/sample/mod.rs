@@ -3,6 +3,7 @@
 #![allow(dead_code, reason = "each test program uses its own part of this")]
 
 use onde_wire::key::{Key, certificate_key, job_key, node_id, node_key, sha256};
+use onde_wire::packet::Prices;
 use onde_wire::token::{BootToken, Certificate, Origin, Renewal};
 
 pub const MAC: [u8; 6] = [2, 0x4f, 198, 18, 1, 1];
@@ -46,6 +47,7 @@ pub fn token() -> BootToken {
         ipv4: [198, 19, 0, 1],
         gateway: [198, 18, 0, 1],
         prefix_len: 15,
+        prices: Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 10_000 },
     }
 }
 
