@@ -3,9 +3,9 @@
 
 use std::collections::HashMap;
 
-use noded::meter::{Reading, burn_max};
+use noded::meter::{Held, burn_held, burn_max};
 use onde_wire::chain::Value;
-use onde_wire::machine::Meter;
+use onde_wire::machine::{Meter, Stage};
 use onde_wire::packet::{EndReason, Prices, Reply};
 use onde_wire::token::{BootToken, CERTIFICATE_SIZE, Certificate, JobId};
 
@@ -27,10 +27,21 @@ pub struct Story {
     pub accepted: u32,
     /// What its use cost when the node last looked.
     pub cost_micro: u64,
-    /// When the node said how long the balance lasts: time, use so far, what it said.
-    announced: Vec<(u64, u64, Meter)>,
+    /// When the node said how long the balance lasts.
+    announced: Vec<Announced>,
+    /// When it came to disk, if it is there, and what it cost by then.
+    slept: Option<(u64, u64)>,
     pub certificate: Option<[u8; CERTIFICATE_SIZE]>,
     pub ended: Option<EndReason>,
+}
+
+/// What a node said of the time that is left, and at what cost so far.
+struct Announced {
+    at_ms: u64,
+    cost_micro: u64,
+    burn_micro_per_s: u64,
+    seconds_left: u64,
+    purge_s: u64,
 }
 
 #[derive(Default)]
@@ -40,17 +51,10 @@ pub struct Checks {
     pub sold: HashMap<JobId, u32>,
     /// Chain values that somebody was sold.
     pub values: HashMap<(JobId, u32), Value>,
-}
-
-/// What use costs: price times meter, each part rounded down.
-pub fn cost_micro(prices: &Prices, token: &BootToken, age_ms: u64, reading: Reading) -> u64 {
-    let part = |used: u64, price: u64, unit: u64| {
-        (u128::from(used) * u128::from(price) / u128::from(unit)) as u64
-    };
-    part(reading.cpu_us, prices.vcpu_s, 1_000_000)
-        + part(age_ms * u64::from(token.mem_mib), prices.gib_s, 1_024_000)
-        + part(reading.sent_bytes, prices.gib_sent, 1 << 30)
-        + part(age_ms * u64::from(token.disk_mib), prices.disk_gib_s, 1_024_000)
+    /// How often things happened that are rare, for those who ask whether they did.
+    pub sleeps: u32,
+    pub purged_from_disk: u32,
+    pub renewed: u32,
 }
 
 impl Checks {
@@ -74,6 +78,7 @@ impl Checks {
             accepted: token.first_count,
             cost_micro: 0,
             announced: Vec::new(),
+            slept: None,
             certificate: None,
             ended: None,
         };
@@ -106,14 +111,30 @@ impl Checks {
     }
 
     /// A reply leaves a node.
-    pub fn reply(&mut self, life: Life, job: &JobId, reply: &Reply) {
+    pub fn reply(&mut self, now_ms: u64, life: Life, job: &JobId, reply: &Reply) {
         match reply {
-            Reply::Pay(paid) | Reply::Renew(paid) => self.accepted(life, job, paid.last_index),
-            Reply::Status(status) => {
+            Reply::Pay(paid) => self.accepted(life, job, paid.last_index),
+            Reply::Renew(paid) => {
+                self.renewed += 1;
+                self.accepted(life, job, paid.last_index);
+            }
+            Reply::Status(status) | Reply::Suspend(status) | Reply::Wake(status) => {
                 self.accepted(life, job, status.last_index);
                 let paid = u64::from(status.last_index) * self.story(job).token.value_micro;
                 let told = status.spent_micro + status.balance_micro;
                 assert_eq!(told, paid, "a node's books do not balance");
+                if status.stage == Stage::Suspended {
+                    self.announce(
+                        job,
+                        Announced {
+                            at_ms: now_ms,
+                            cost_micro: status.spent_micro,
+                            burn_micro_per_s: status.burn_micro_per_s,
+                            seconds_left: status.seconds_left,
+                            purge_s: status.purge_s,
+                        },
+                    );
+                }
             }
             Reply::Stop(bytes) => self.certified(life, job, bytes),
             _ => {}
@@ -143,13 +164,44 @@ impl Checks {
         );
     }
 
+    /// A machine that is on disk has paid for its place there, but for the last look of its node.
+    pub fn is_kept(&mut self, prices: &Prices, job: &JobId, cost_micro: u64) {
+        let story = self.story(job);
+        let paid = u64::from(story.accepted) * story.token.value_micro;
+        let tick = burn_held(prices, Held { mem_mib: 0, disk_mib: story.token.mem_mib }) + 4;
+        assert!(cost_micro <= paid + tick, "on disk unpaid: {cost_micro} used, {paid} paid");
+        story.cost_micro = cost_micro;
+    }
+
     /// A node told a guest how it stands.
     pub fn announced(&mut self, now_ms: u64, job: &JobId, cost_micro: u64, meter: &Meter) {
+        let &Meter { burn_micro_per_s, seconds_left, purge_s, .. } = meter;
+        let at_ms = now_ms;
+        self.announce(
+            job,
+            Announced { at_ms, cost_micro, burn_micro_per_s, seconds_left, purge_s },
+        );
+    }
+
+    fn announce(&mut self, job: &JobId, told: Announced) {
         let announced = &mut self.story(job).announced;
         if announced.len() == ANNOUNCED_MAX {
             announced.remove(ANNOUNCED_MAX / 2);
         }
-        announced.push((now_ms, cost_micro, *meter));
+        announced.push(told);
+    }
+
+    /// A VM is on disk now.
+    pub fn slept(&mut self, now_ms: u64, job: &JobId, cost_micro: u64) {
+        self.story(job).slept = Some((now_ms, cost_micro));
+        self.sleeps += 1;
+    }
+
+    /// A VM goes on that was on disk, or should have been: what was said before holds no more.
+    pub fn woke(&mut self, job: &JobId) {
+        let story = self.story(job);
+        story.announced.clear();
+        story.slept = None;
     }
 
     /// A VM is gone, for this reason, at this cost.
@@ -163,15 +215,39 @@ impl Checks {
             return;
         }
         assert_eq!(spent_micro, paid, "purged with a balance");
-        for (then_ms, cost_then, meter) in &story.announced {
-            let (time_ms, used) = (now_ms - then_ms, story.cost_micro - cost_then);
-            let as_announced =
-                u128::from(used) * 1000 <= u128::from(meter.burn_micro_per_s) * u128::from(time_ms);
-            assert!(
-                !as_announced || time_ms + TICK_MAX_MS >= meter.seconds_left.saturating_mul(1000),
-                "purged {time_ms} ms after {} s were announced",
-                meter.seconds_left
-            );
-        }
+        let (slept, cost_micro) = (story.slept, story.cost_micro);
+        story.announced.iter().for_each(|told| told.check(now_ms, slept, cost_micro));
+        self.purged_from_disk += u32::from(slept.is_some());
+    }
+}
+
+impl Announced {
+    /// Whether its VM kept to the rate that was told until this time.
+    fn is_as_told(&self, until_ms: u64, cost_micro: u64) -> bool {
+        // What a node forgave after it stood still may be less than before.
+        let (time_ms, used) = (until_ms - self.at_ms, cost_micro.saturating_sub(self.cost_micro));
+        u128::from(used) * 1000 <= u128::from(self.burn_micro_per_s) * u128::from(time_ms)
+    }
+
+    /// A VM was purged now that went to disk at a time and cost, if it did.
+    fn check(&self, now_ms: u64, slept: Option<(u64, u64)>, cost_micro: u64) {
+        let (time_ms, late_ms) = (now_ms - self.at_ms, TICK_MAX_MS);
+        let told_s = match slept {
+            // It was on disk already: a promise, whatever it does.
+            Some((slept_ms, _)) if slept_ms < self.at_ms => self.purge_s,
+            Some((slept_ms, cost)) if self.is_as_told(slept_ms, cost) => self.purge_s,
+            Some((slept_ms, _)) => {
+                let (disk_ms, told_s) = (now_ms - slept_ms, self.purge_s - self.seconds_left);
+                assert!(disk_ms + late_ms >= told_s * 1000, "{disk_ms} ms on disk, not {told_s} s");
+                return;
+            }
+            None if self.is_as_told(now_ms, cost_micro) => self.seconds_left,
+            None => return,
+        };
+        let told_ms = told_s.saturating_mul(1000);
+        assert!(
+            time_ms + late_ms >= told_ms,
+            "purged {time_ms} ms after {told_s} s were announced"
+        );
     }
 }

@@ -3,6 +3,9 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+use std::sync::atomic::Ordering::Relaxed;
 use std::time::{Duration, Instant};
 
 use onde_broker::Broker;
@@ -22,6 +25,11 @@ pub const ROUND_MS: u64 = 1000;
 /// How long a round waits for answers, as the poller's.
 pub const ANSWER_MS: u64 = 700;
 
+/// When the schedules begin: 2027.
+const WALL_S: u64 = 1_800_000_000;
+/// How far a wall clock may jump, seconds: a time server's correction, a wrong time zone, a dead battery.
+const JUMPS_S: [i64; 6] = [2, -2, 7200, -7200, 40 * 86_400, -800_000_000];
+
 enum Asked {
     Hello,
     Job(Ask),
@@ -30,6 +38,8 @@ enum Asked {
 pub struct Clerk {
     store: PathBuf,
     epoch: Instant,
+    /// The broker's wall clock: seconds since 1970, wherever it jumped.
+    wall: Arc<AtomicU64>,
     /// None while it is down.
     pub broker: Option<Broker>,
     waiting: HashMap<u64, (u32, Asked)>,
@@ -42,6 +52,7 @@ impl Clerk {
         let mut clerk = Self {
             store,
             epoch: Instant::now(),
+            wall: Arc::new(AtomicU64::new(WALL_S)),
             broker: None,
             waiting: HashMap::new(),
             heard: Vec::new(),
@@ -56,8 +67,20 @@ impl Clerk {
         let text = format!("secret={}\nnetwork=198.18.0.0/15\n", "5e".repeat(32));
         let cluster = Cluster::parse(&text).expect("a cluster file");
         let ledger = Ledger::open(self.store.to_str().expect("UTF-8")).expect("a ledger");
+        let wall = Arc::clone(&self.wall);
+        let ledger = ledger.with_clock(Box::new(move || wall.load(Relaxed)));
         let broker = Broker::new(cluster, ledger, "operator", self.instant(now_ms));
         self.broker = Some(broker.with_chains(CHAIN_LEVELS));
+    }
+
+    /// Its wall clock jumps, forward or back; and it forgets what it then takes for old.
+    pub fn jump(&mut self, random: &mut Random) -> i64 {
+        let jump_s = JUMPS_S[random.index(JUMPS_S.len())];
+        self.wall.store(self.wall.load(Relaxed).saturating_add_signed(jump_s), Relaxed);
+        if let Some(broker) = &self.broker {
+            broker.prune().expect("the ledger works");
+        }
+        jump_s
     }
 
     /// The broker dies between two acts.
@@ -74,6 +97,7 @@ impl Clerk {
     /// What is to be asked in a round, and whom.
     pub fn round(&mut self, now_ms: u64, nodes: u32, random: &mut Random) -> Vec<(u32, Packet)> {
         let now = self.instant(now_ms);
+        self.wall.fetch_add(ROUND_MS / 1000, Relaxed);
         let Some(broker) = &self.broker else { return vec![] };
         let mut out = Vec::new();
         for number in 0..nodes {

@@ -277,6 +277,8 @@ impl Customer {
             // No node was heard of yet, or none has room.
             Err(error) if error.word() == Some("no_fitting_node") => self.shop_again(request),
             Err(error) if error.word() == Some("not_found") => self.shop_again(request),
+            // The broker forgot its answer: the money comes back by itself.
+            Err(error) if error.word() == Some("key_reused") => State::Done,
             Err(error) if error.word().is_some() => panic!("a sale was refused: {error}"),
             Err(_) => self.shop_again(request),
         }
@@ -317,6 +319,7 @@ impl Customer {
         if self.cheats {
             self.cheat();
         }
+        self.sleep_or_wake();
         let (now, has_progress) = (Duration::from_millis(self.now_ms()), self.has_progress());
         match home.step_at(now, has_progress) {
             Ok(Standing::Over(status)) => {
@@ -338,6 +341,17 @@ impl Customer {
                 }
             }
         }
+    }
+
+    /// Now and then he puts his VM on disk, or wakes it up, and does not care whether that worked.
+    fn sleep_or_wake(&mut self) {
+        let dice = self.line.world.borrow_mut().random.index(24);
+        let handle = self.handle();
+        let _ = match dice {
+            0 => handle.suspend(&mut self.line),
+            1 => handle.wake(&mut self.line),
+            _ => return,
+        };
     }
 
     /// Whether his program does what he wants to pay for: mostly.

@@ -9,6 +9,7 @@ mod customer;
 mod metal;
 mod migration;
 mod random;
+mod vm;
 mod world;
 
 use std::cell::RefCell;
@@ -85,10 +86,17 @@ fn live(world: &Rc<RefCell<World>>, seed: u64, folder: &Path) {
     customers.iter().for_each(|customer| customer.check(&world));
     let broker = world.clerk.broker.as_ref().expect("it is up");
     onde_broker::audit::audit(broker.store(), None).expect("sound books");
+    let checks = &world.checks;
+    for (seen, count) in SEEN.iter().zip([checks.renewed, checks.sleeps, checks.purged_from_disk]) {
+        seen.fetch_add(count.into(), Ordering::Relaxed);
+    }
     for node in &world.nodes {
         assert!(node.vms.is_empty(), "a VM is left behind");
     }
 }
+
+/// What is rare, over all schedules: new chains, VMs that went to disk, and that were purged there.
+static SEEN: [AtomicU64; 3] = [const { AtomicU64::new(0) }; 3];
 
 /// The customer who is next does something; when that was due. `None` when all are done.
 fn go_on(customers: &mut [Customer], world: &Rc<RefCell<World>>) -> Option<u64> {
@@ -214,20 +222,31 @@ fn the_market_keeps_its_promises() {
         show(seed);
         panic!("seed {seed} broke a promise, but not when it was played again: {promise}");
     }
+    let seen = SEEN.each_ref().map(|seen| seen.load(Ordering::Relaxed));
+    eprintln!(
+        "{count} schedules: {} renewals, {} VMs saved, {} purged on disk",
+        seen[0], seen[1], seen[2]
+    );
+    assert!(
+        count < SCHEDULES || seen.iter().all(|seen| *seen > 0),
+        "what never happens is not tried"
+    );
 }
 
 /// The checks are worth something only if they can fail: each sabotage has to be found within some hundred schedules.
 #[test]
 fn each_sabotage_breaks_a_promise() {
     let sabotages = [
-        (Sabotage::SameIncarnation, "a boot token was counted twice"),
-        (Sabotage::LateTimer, "a VM runs unpaid"),
-        (Sabotage::Tags, "a VM that nobody bought"),
+        // Counted twice, or given back as never counted.
+        (Sabotage::SameIncarnation, ["a boot token was counted twice", "story.is_none()"]),
+        (Sabotage::LateTimer, ["a VM runs unpaid", "on disk unpaid"]),
+        (Sabotage::Tags, ["a VM that nobody bought"; 2]),
     ];
     for (sabotage, expect) in sabotages {
         let found = quietly(|| first_broken(0..2000, sabotage));
         let (seed, promise) = found.expect("a broken promise");
         eprintln!("{sabotage:?}: seed {seed}: {promise}");
-        assert!(promise.contains(expect), "{sabotage:?}: {promise}");
+        let is_expected = expect.iter().any(|expect| promise.contains(expect));
+        assert!(is_expected, "{sabotage:?}: {promise}");
     }
 }

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, VecDeque};
 
-use noded::meter::{Reading, Terms};
-use noded::node::{Config, Cookie, Effect, Event, Node, Note};
+use noded::meter::Terms;
+use noded::node::{Config, Cookie, Effect, Event, Node, Note, Start};
 use onde_wire::key::{self, Key};
 use onde_wire::machine::{VmmCommand, VmmEvent};
 use onde_wire::packet::{
@@ -13,42 +13,16 @@ use onde_wire::packet::{
 use onde_wire::plan::Plan;
 use onde_wire::token::{BootToken, JobId};
 
-use crate::checks::{Checks, cost_micro};
+use crate::checks::Checks;
 use crate::random::Random;
+use crate::vm::{Machine, Vm};
 
 /// What a node's cluster file says.
 pub const PRICES: Prices =
     Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 10_000 };
 pub const SECRET: [u8; 32] = [0x5e; 32];
-
-/// A made-up VM.
-pub struct Vm {
-    pub job: JobId,
-    token: BootToken,
-    born_ms: u64,
-    /// Microseconds of processor a millisecond.
-    cpu_rate: u64,
-    /// Bytes a millisecond.
-    sent_rate: u64,
-    /// When it stopped running.
-    killed_ms: Option<u64>,
-    /// Whether its guest has its node's leave to run.
-    runs: bool,
-    /// The payment that its guest handed in and is not answered yet.
-    paying: Option<u32>,
-}
-
-impl Vm {
-    fn reading(&self, uptime_ms: u64) -> Reading {
-        let age_ms = self.killed_ms.unwrap_or(uptime_ms) - self.born_ms;
-        Reading { cpu_us: age_ms * self.cpu_rate, sent_bytes: age_ms * self.sent_rate }
-    }
-
-    fn cost_micro(&self, uptime_ms: u64) -> u64 {
-        let age_ms = self.killed_ms.unwrap_or(uptime_ms) - self.born_ms;
-        cost_micro(&PRICES, &self.token, age_ms, self.reading(uptime_ms))
-    }
-}
+/// How long a VM is kept on disk when it ran dry: short enough to be over before the schedule is.
+const KEEP_S: u32 = 6;
 
 /// What a node does that takes time, or that others see.
 #[allow(clippy::large_enum_variant, reason = "done at once, never stored")]
@@ -71,10 +45,15 @@ pub struct Metal {
     node: Node,
     key: Key,
     pub vms: BTreeMap<u32, Vm>,
+    /// Machines on its disk.
+    files: BTreeMap<JobId, Machine>,
+    disk_mib: u32,
     /// Boot tokens whose tag was right, by job.
     shown: BTreeMap<JobId, BootToken>,
     /// Nothing arrives and nothing leaves until then.
     pub cut_until_ms: u64,
+    /// All of it stands still until then; 0 while it goes.
+    pub stalled_until_ms: u64,
 }
 
 pub fn plan() -> Plan {
@@ -82,7 +61,7 @@ pub fn plan() -> Plan {
 }
 
 impl Metal {
-    pub fn new(number: u32, seed: u64, now_ms: u64, incarnation: [u8; 16]) -> Self {
+    pub fn new(number: u32, seed: u64, disk_mib: u32, incarnation: [u8; 16]) -> Self {
         let [a, b, c, ..] = seed.to_be_bytes();
         let mac = [
             0x52,
@@ -92,10 +71,16 @@ impl Metal {
             (seed >> 8) as u8,
             (seed << 2) as u8 | number as u8,
         ];
-        Self::boot(number, mac, 0, now_ms, incarnation)
+        Self::boot(number, mac, disk_mib, (0, 0), incarnation)
     }
 
-    fn boot(number: u32, mac: [u8; 6], life: u64, now_ms: u64, incarnation: [u8; 16]) -> Self {
+    fn boot(
+        number: u32,
+        mac: [u8; 6],
+        disk_mib: u32,
+        (life, now_ms): (u64, u64),
+        incarnation: [u8; 16],
+    ) -> Self {
         let node = key::node_id(&mac);
         let node_key = key::node_key(&SECRET, &node);
         let config = Config {
@@ -105,11 +90,10 @@ impl Metal {
             incarnation,
             node_key,
             plan: plan(),
-            // These nodes have no disk: a VM that runs dry is purged.
-            terms: Terms { prices: PRICES, keep_s: 0 },
+            terms: Terms { prices: PRICES, keep_s: KEEP_S },
             cpus: 2,
             mem_mib: 700,
-            disk_mib: 0,
+            disk_mib,
         };
         Self {
             number,
@@ -120,14 +104,18 @@ impl Metal {
             node: Node::new(config),
             key: Key::new(&node_key),
             vms: BTreeMap::new(),
+            files: BTreeMap::new(),
+            disk_mib,
             shown: BTreeMap::new(),
             cut_until_ms: 0,
+            stalled_until_ms: 0,
         }
     }
 
     /// Power fails and comes back: all VMs are gone, and all that the node knew.
     pub fn reboot(&mut self, now_ms: u64, incarnation: [u8; 16]) {
-        *self = Self::boot(self.number, self.mac, self.life + 1, now_ms, incarnation);
+        let life = (self.life + 1, now_ms);
+        *self = Self::boot(self.number, self.mac, self.disk_mib, life, incarnation);
     }
 
     pub fn id(&self) -> [u8; 16] {
@@ -146,7 +134,8 @@ impl Metal {
 
     /// When it wants to be woken.
     pub fn wake_ms(&self) -> Option<u64> {
-        Some(self.booted_ms + self.node.wake_ms()?)
+        let goes = self.stalled_until_ms == 0;
+        Some(self.booted_ms + self.node.wake_ms().filter(|_| goes)?)
     }
 
     /// Makes a packet's tag right, whatever it says: what a broken `packetd` would come to.
@@ -205,16 +194,26 @@ impl Metal {
         random: &mut Random,
     ) -> Vec<Later> {
         let uptime_ms = now_ms - self.booted_ms;
-        for vm in self.vms.values().filter(|vm| vm.killed_ms.is_none()) {
-            checks.runs(&PRICES, &vm.job, vm.cost_micro(uptime_ms));
+        for vm in self.vms.values().filter(|vm| vm.killed_ms.is_none() && vm.reads.is_none()) {
+            checks.runs(&PRICES, &vm.job, vm.used(uptime_ms).cost_micro());
+        }
+        let read = self.vms.values().filter_map(|vm| Some((&vm.job, vm.reads.as_ref()?)));
+        for (job, machine) in self.files.iter().chain(read) {
+            checks.is_kept(&PRICES, job, machine.used(uptime_ms).cost_micro());
         }
         if let Event::Vmm(slot, VmmEvent::Pay(token)) = &event
             && let Some(vm) = self.vms.get_mut(slot)
         {
             vm.paying = Some(token.index);
         }
-        if let Event::Gone(slot, ..) = &event {
-            self.vms.remove(slot).expect("a VM to be gone");
+        if let Event::Vmm(slot, VmmEvent::Saved) = &event
+            && let Some(vm) = self.vms.get_mut(slot)
+        {
+            vm.saved();
+        }
+        if let Event::Gone(slot, _, mib) = &event {
+            let vm = self.vms.remove(slot).expect("a VM to be gone");
+            self.files.extend(vm.leaves(uptime_ms, *mib).map(|machine| (vm.job, machine)));
         }
         let mut later = Vec::new();
         let mut effects = VecDeque::from(self.node.step(uptime_ms, event));
@@ -238,13 +237,15 @@ impl Metal {
         let life = (self.number, self.life);
         match effect {
             Effect::Reply(cookie, packet) => {
-                self.watch(&cookie, &packet, checks);
+                self.watch(now_ms, &cookie, &packet, checks);
                 later.push(Later::Reply(cookie, packet));
                 None
             }
             Effect::Create(slot, spec) => {
                 let token = self.shown[&spec.identity.job];
-                checks.started(life, &token);
+                if spec.start != Start::Saved {
+                    checks.started(life, &token);
+                }
                 let done = !random.one_in(25);
                 if done {
                     self.create(slot, token, uptime_ms, random, later);
@@ -254,14 +255,14 @@ impl Metal {
             Effect::Kill(slot) => {
                 let vm = self.vms.get_mut(&slot).expect("only what lives is killed");
                 if vm.killed_ms.is_none() {
-                    vm.killed_ms = Some(uptime_ms);
+                    vm.kill(uptime_ms);
                     later.push(Later::Gone(random.between(1, 40), slot));
                 }
                 None
             }
             Effect::Read(slot) => {
-                let vm = &self.vms[&slot];
-                checks.story(&vm.job).cost_micro = vm.cost_micro(uptime_ms);
+                let vm = self.vms.get_mut(&slot).expect("only what is there is read");
+                checks.story(&vm.job).cost_micro = vm.look(uptime_ms).cost_micro();
                 Some(Event::Read(slot, vm.reading(uptime_ms)))
             }
             Effect::ReadConsole(_, offset, caller) => {
@@ -270,7 +271,7 @@ impl Metal {
             }
             Effect::Publish(slot, meter) => {
                 let vm = &self.vms[&slot];
-                checks.announced(now_ms, &vm.job, vm.cost_micro(uptime_ms), &meter);
+                checks.announced(now_ms, &vm.job, vm.used(uptime_ms).cost_micro(), &meter);
                 None
             }
             Effect::Command(slot, VmmCommand::PayDone(accepted)) => {
@@ -285,12 +286,31 @@ impl Metal {
                 self.let_run(slot);
                 None
             }
+            Effect::Command(slot, VmmCommand::Save) => {
+                self.save(slot, uptime_ms, random, later);
+                None
+            }
+            Effect::Empty(slot) => {
+                let vm = self.vms.get_mut(&slot).expect("only what runs empties its file");
+                vm.go_on(uptime_ms);
+                checks.woke(&vm.job);
+                None
+            }
+            Effect::Forget(job) => {
+                if let Some(machine) = self.files.remove(&job) {
+                    checks.story(&job).cost_micro = machine.used(uptime_ms).cost_micro();
+                }
+                None
+            }
+            Effect::Note(job, Note::Saved(_)) => {
+                checks.slept(now_ms, &job, self.files[&job].used(uptime_ms).cost_micro());
+                None
+            }
             Effect::Note(job, Note::Ended(reason, spent_micro)) => {
                 checks.ended(now_ms, &job, reason, spent_micro);
                 None
             }
-            // No simulated node has a disk, so there is no file to forget.
-            Effect::Note(_, Note::Started(_)) | Effect::Forget(_) => None,
+            Effect::Note(_, Note::Started(_) | Note::Wakes(_) | Note::StaysSaved) => None,
             other => panic!("the simulated node cannot do {other:?} yet"),
         }
     }
@@ -303,16 +323,7 @@ impl Metal {
         random: &mut Random,
         later: &mut Vec<Later>,
     ) {
-        let vm = Vm {
-            job: token.job,
-            token,
-            born_ms: uptime_ms,
-            cpu_rate: random.between(0, 1000 * u64::from(token.vcpus)),
-            sent_rate: random.between(0, 50_000),
-            killed_ms: None,
-            runs: false,
-            paying: None,
-        };
+        let vm = Vm::new(token, uptime_ms, self.files.remove(&token.job), random);
         assert!(self.vms.insert(slot, vm).is_none(), "a slot was given out twice");
         let mut tell = |time_ms, event| later.push(Later::Says(time_ms, token.job, event));
         if !random.one_in(20) {
@@ -324,8 +335,37 @@ impl Metal {
         }
     }
 
+    /// A VMM writes its machine: most do, some fail, some die.
+    fn save(&mut self, slot: u32, uptime_ms: u64, random: &mut Random, later: &mut Vec<Later>) {
+        let vm = self.vms.get_mut(&slot).expect("only what lives is saved");
+        vm.save(uptime_ms);
+        let ends = [VmmEvent::NotSaved, VmmEvent::Fault(2)];
+        let said = match random.index(12) {
+            rare @ 0..2 => ends[rare],
+            _ => VmmEvent::Saved,
+        };
+        later.push(Later::Says(random.between(20, 2500), vm.job, said));
+    }
+
+    /// Disk that the machine of this slot's VM takes, MiB.
+    pub fn saved_mib(&self, slot: u32) -> u32 {
+        self.vms.get(&slot).map_or(0, |vm| vm.token.mem_mib / 2)
+    }
+
+    /// The node goes on after it stood still for longer than anybody pays for.
+    pub fn stalled(&mut self, now_ms: u64) {
+        let uptime_ms = now_ms - self.booted_ms;
+        self.stalled_until_ms = 0;
+        self.vms.values_mut().for_each(|vm| vm.forgive(uptime_ms));
+    }
+
+    /// Whether what it charges while it stands still can be told from outside: a machine on disk is looked at unseen.
+    pub fn can_stall(&self) -> bool {
+        self.disk_mib == 0
+    }
+
     /// Shows a reply to the checks.
-    fn watch(&self, cookie: &Cookie, packet: &Packet, checks: &mut Checks) {
+    fn watch(&self, now_ms: u64, cookie: &Cookie, packet: &Packet, checks: &mut Checks) {
         let job: JobId = packet[16..32].try_into().expect("16 bytes");
         let nonce = u64::from_le_bytes(packet[8..16].try_into().expect("8 bytes"));
         let party = if cookie[2] == Party::Owner as u8 { Party::Owner } else { Party::Customer };
@@ -342,6 +382,6 @@ impl Metal {
         ];
         let op = known.into_iter().find(|op| *op as u8 == cookie[1]).expect("a request's op");
         let reply = Reply::parse(packet, op, nonce, Some(&key)).expect("a reply with a right tag");
-        checks.reply((self.number, self.life), &job, &reply);
+        checks.reply(now_ms, (self.number, self.life), &job, &reply);
     }
 }

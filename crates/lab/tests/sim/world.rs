@@ -23,6 +23,8 @@ const NOBODY: u8 = 255;
 const BROKER: u8 = 254;
 /// Bytes of a packet that mean something in the largest of requests: head, tag and boot token.
 const ALTERED_SIZE: usize = 32 + 32 + BOOT_TOKEN_SIZE;
+/// A node that stands still for longer than five looks charges nothing for it.
+const STALL_MIN_MS: u64 = 5001;
 /// Packets that the eavesdropper remembers.
 const OVERHEARD_MAX: usize = 64;
 
@@ -37,6 +39,9 @@ pub struct Weather {
     pub reboot_s: u64,
     pub kill_s: u64,
     pub attack_s: u64,
+    /// And jumps of the broker's wall clock, and nodes that stand still.
+    pub jump_s: u64,
+    pub stall_s: u64,
 }
 
 /// What is broken on purpose, to see that the checks see it.
@@ -63,6 +68,9 @@ enum Happening {
     Reboot,
     Kill,
     Attack,
+    Jump,
+    Stall,
+    GoesOn(u32, u64),
 }
 
 pub struct World {
@@ -96,9 +104,15 @@ impl World {
             reboot_s: [0, 0, 30][random.index(3)],
             kill_s: [0, 0, 20][random.index(3)],
             attack_s: [0, 2][random.index(2)],
+            jump_s: [0, 0, 10][random.index(3)],
+            stall_s: [0, 0, 15][random.index(3)],
         };
         let count = random.between(1, 2) as u32;
-        let nodes = (0..count).map(|n| Metal::new(n, seed, 0, incarnation(&mut random))).collect();
+        let mut node = |number| {
+            let disk_mib = [0, 600][random.index(2)];
+            Metal::new(number, seed, disk_mib, incarnation(&mut random))
+        };
+        let nodes = (0..count).map(&mut node).collect();
         let mut world = Self {
             now_ms: 0,
             weather,
@@ -119,6 +133,8 @@ impl World {
             (weather.reboot_s, Happening::Reboot),
             (weather.kill_s, Happening::Kill),
             (weather.attack_s, Happening::Attack),
+            (weather.jump_s, Happening::Jump),
+            (weather.stall_s, Happening::Stall),
         ];
         for (every_s, trouble) in troubles {
             world.put_trouble(every_s, trouble);
@@ -180,13 +196,29 @@ impl World {
         if self.sabotage == Sabotage::LateTimer { 700 } else { 0 }
     }
 
+    /// The node to which this happens, where it waits until a node that stands still goes on.
+    fn waits(&self, happening: &Happening) -> Option<u64> {
+        let (Happening::ToNode(number, ..)
+        | Happening::Gone(number, ..)
+        | Happening::Says(number, ..)) = happening
+        else {
+            return None;
+        };
+        let until_ms = self.nodes[*number as usize].stalled_until_ms;
+        (until_ms > 0).then(|| until_ms - self.now_ms)
+    }
+
     fn happen(&mut self, happening: Happening) {
+        if let Some(in_ms) = self.waits(&happening) {
+            return self.put(in_ms, happening);
+        }
         match happening {
             Happening::ToNode(number, from, packet) => self.arrive(number, from, &packet),
             Happening::FromNode(number, to, packet) => self.come_back(number, to, packet),
             Happening::Gone(number, life, slot) => {
                 if self.nodes[number as usize].life == life {
-                    self.step(number, Event::Gone(slot, Tail::default(), 0));
+                    let mib = self.nodes[number as usize].saved_mib(slot);
+                    self.step(number, Event::Gone(slot, Tail::default(), mib));
                 }
             }
             Happening::Says(number, life, job, event) => {
@@ -217,6 +249,14 @@ impl World {
             Happening::Reboot => self.reboot_one(),
             Happening::Kill => self.kill_broker(),
             Happening::Attack => self.attack(),
+            Happening::Jump => self.jump(),
+            Happening::Stall => self.stall(),
+            Happening::GoesOn(number, life) => {
+                let node = &mut self.nodes[number as usize];
+                if node.life == life {
+                    node.stalled(self.now_ms);
+                }
+            }
         }
     }
 
@@ -317,6 +357,28 @@ impl World {
         }
     }
 
+    fn jump(&mut self) {
+        self.put_trouble(self.weather.jump_s, Happening::Jump);
+        if self.weather.jump_s > 0 {
+            let jump_s = self.clerk.jump(&mut self.random);
+            self.note(|| format!("the broker's wall clock jumps by {jump_s} s"));
+        }
+    }
+
+    /// A node stands still for longer than anybody pays for, and its VMs with it.
+    fn stall(&mut self) {
+        self.put_trouble(self.weather.stall_s, Happening::Stall);
+        let index = self.random.index(self.nodes.len());
+        let node = &mut self.nodes[index];
+        if self.weather.stall_s > 0 && node.can_stall() && node.stalled_until_ms == 0 {
+            let for_ms = self.random.between(STALL_MIN_MS, 20_000);
+            node.stalled_until_ms = self.now_ms + for_ms;
+            let (number, life) = (node.number, node.life);
+            self.note(|| format!("node {index} stands still for {for_ms} ms"));
+            self.put(for_ms, Happening::GoesOn(number, life));
+        }
+    }
+
     fn reboot_one(&mut self) {
         self.put_trouble(self.weather.reboot_s, Happening::Reboot);
         if self.weather.reboot_s > 0 {
@@ -366,6 +428,7 @@ impl World {
         let node = &self.nodes[number as usize];
         if let Some((Request::Pay(token), _, job)) = Request::parse(packet)
             && let Some(slot) = node.slot(&job)
+            && node.stalled_until_ms == 0
         {
             self.step(number, Event::Vmm(slot, VmmEvent::Pay(token)));
         }
