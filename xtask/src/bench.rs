@@ -75,6 +75,7 @@ pub fn run(json: Option<&Path>) -> Result<()> {
     step("setup", setup::run)?;
     build::run()?;
     let mut figures = vec![checks()?];
+    figures.extend(polls()?);
     figures.extend(sales()?);
     figures.extend(one_node()?);
     figures.push(two_nodes()?);
@@ -108,8 +109,33 @@ fn checks() -> Result<Figure> {
     Ok(Figure::new("boot-token checks, one core", rate, "1/s", "the paper (2006)", PAPER_CHECKS))
 }
 
+/// STATUS of a thousand jobs at one node: once a second by the broker and by each job's home node is 2000.
+fn polls() -> Result<[Figure; 2]> {
+    let example = ["run", "--quiet", "--release", "--package", "noded", "--example", "polls"];
+    let text = output(Command::new("cargo").args(example).current_dir(root()))?;
+    let told: serde_json::Value = serde_json::from_str(&text)?;
+    let value = |key: &str| told[key].as_f64().context("no figure");
+    let peer = "needed: 2 a second and job";
+    Ok([
+        Figure::new(
+            "STATUS polls of 1000 jobs, one core",
+            value("status_polls_per_s")?,
+            "1/s",
+            peer,
+            2000.0,
+        ),
+        Figure::new(
+            "node's memory for 1000 jobs' records",
+            value("memory_kib")?,
+            "KiB",
+            "its limit, 16384 jobs, to scale",
+            40.0 * 1024.0 / 16.384,
+        ),
+    ])
+}
+
 /// Purchases, all of them on disk when they are answered: on the broker's own store beside PostgreSQL.
-fn sales() -> Result<[Figure; 3]> {
+fn sales() -> Result<[Figure; 4]> {
     let example = ["run", "--quiet", "--release", "--package", "broker", "--example", "sales"];
     let text = output(Command::new("cargo").args(example).current_dir(root()))?;
     let told: serde_json::Value = serde_json::from_str(&text)?;
@@ -122,6 +148,7 @@ fn sales() -> Result<[Figure; 3]> {
         figure("purchases on the embedded store", "purchases_per_s", "1/s")?,
         figure("broker's processor time a purchase", "cpu_us_per_purchase", "us")?,
         figure("broker's memory under purchases", "memory_kib", "KiB")?,
+        figure("broker's processor time to poll 1000 jobs", "cpu_ms_per_round_of_polls", "ms")?,
     ])
 }
 

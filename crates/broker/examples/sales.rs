@@ -1,20 +1,27 @@
 //! Purchases a second on the embedded store and on PostgreSQL, each with durable commits, by a few customers at once;
-//! what that costs the broker in processor time and memory. `cargo xtask bench` runs it; prints one JSON object.
+//! what that costs the broker in processor time and memory; and what a thousand running jobs cost it that are asked about
+//! every second. `cargo xtask bench` runs it; prints one JSON object.
 
 #[path = "../tests/stage/mod.rs"]
 mod stage;
 
 use onde_broker::Broker;
 use onde_broker::ledger::Ledger;
+use onde_broker::watch::Heard;
 use onde_client::api::*;
+use onde_wire::machine::Stage;
+use onde_wire::packet::{Hello, JobStatus};
 use serde_json::json;
-use stage::{Dir, OPERATOR, TOKEN, cluster, fresh_key, hear, hello, purchase, server};
+use stage::{Dir, OPERATOR, TOKEN, cluster, fresh_key, hear, hello, purchase, server, status};
 use std::time::{Duration, Instant};
 
 /// Customers that buy at once.
 const BUYERS: usize = 4;
 /// How long each store is measured.
 const TIME: Duration = Duration::from_secs(5);
+/// Jobs that are asked about, in so many rounds.
+const JOBS: u32 = 1000;
+const ROUNDS: u64 = 20;
 /// Kernel ticks of processor time a second, as /proc tells them.
 const TICKS_PER_S: f64 = 100.0;
 
@@ -38,11 +45,36 @@ fn measure(place: &str) -> serde_json::Value {
         buyers.into_iter().map(|buyer| buyer.join().expect("a buyer")).sum()
     });
     let took_s = start.elapsed().as_secs_f64();
+    let cpu_us = (cpu_s() - cpu) * 1e6 / f64::from(sales);
+    let memory_kib = memory_kib();
     json!({
         "purchases_per_s": f64::from(sales) / took_s,
-        "cpu_us_per_purchase": (cpu_s() - cpu) * 1e6 / f64::from(sales),
-        "memory_kib": memory_kib(),
+        "cpu_us_per_purchase": cpu_us,
+        "memory_kib": memory_kib,
+        "cpu_ms_per_round_of_polls": polls(&broker),
     })
+}
+
+/// Milliseconds of processor time for a round: whom to ask about a thousand jobs, and all that their nodes answer, but for
+/// the packets themselves.
+fn polls(broker: &Broker) -> f64 {
+    let now = Instant::now();
+    let large = Hello { mem_mib_free: u32::MAX, slots_free: u16::MAX, ..hello(2, 1) };
+    hear(broker, large, now);
+    let request = || JobRequest { node: Some(NodeChoice::Number(2)), ..purchase(1) };
+    let jobs: Vec<_> =
+        (0..JOBS).map(|_| broker.open_job("a", &request(), now).expect("a job").job.id.0).collect();
+    let cpu = cpu_s();
+    for round in 1..=ROUNDS {
+        let (asks, _) = broker.asks(0, now).expect("asks");
+        assert!(asks.len() >= jobs.len());
+        let said =
+            JobStatus { age_ms: round * 1000, last_index: 1, ..status(Stage::Running, round) };
+        let heard: Vec<_> = jobs.iter().map(|job| Heard::Status(*job, said)).collect();
+        broker.hear(&heard, now).expect("heard");
+        broker.tick(now).expect("ticked");
+    }
+    (cpu_s() - cpu) * 1000.0 / ROUNDS as f64
 }
 
 fn buy(broker: &Broker, start: Instant) -> u32 {
