@@ -4,9 +4,10 @@
 use libfuzzer_sys::fuzz_target;
 use onde_wire::bytes::Reader;
 use onde_wire::machine::{ColdStart, STATE_SIZE_MAX};
-use onde_wire::stream::{Checker, Kind, Start, in_ram};
+use onde_wire::machine::Space;
+use onde_wire::stream::{Checker, Kind, Start};
 
-const START: Start = Start { job: [9; 16], mem_bytes: 4 << 30, vcpus: 2 };
+const START: Start = Start { job: [9; 16], space: Space { mem_bytes: 4 << 30, disk_bytes: 1 << 30 }, vcpus: 2 };
 
 fuzz_target!(|bytes: &[u8]| {
     // Half of the inputs go on behind a right START.
@@ -27,7 +28,7 @@ fuzz_target!(|bytes: &[u8]| {
         let Ok(head) = checker.head(&head) else { return };
         assert!(head.payload_size <= STATE_SIZE_MAX);
         if matches!(head.kind, Kind::Raw | Kind::Zero | Kind::Lz4) {
-            assert!(in_ram(START.mem_bytes, head.address, head.mem_size));
+            assert!(START.space.holds(head.address, head.mem_size));
         }
         let Some(payload) = r.take(head.payload_size as usize) else { return };
         ColdStart::parse(payload);

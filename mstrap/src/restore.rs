@@ -1,7 +1,7 @@
 //! What our loader does with a checkpoint stream: judges it with [`Checker`], puts its memory into RAM and
 //! keeps its machine state. It runs over any source of bytes and any memory, so that the tests need no VM.
 
-use onde_wire::machine::{MEM_MIB_MAX, RAM_HIGH_START, RAM_LOW_END};
+use onde_wire::machine::{DISK_MIB_MAX, DISK_START};
 use onde_wire::stream::{CHUNK_MAX, Checker, HEAD_SIZE, Head, Kind, Start, StreamError};
 
 /// Where the stream comes from.
@@ -10,11 +10,11 @@ pub trait Source {
     fn recv(&mut self, buffer: &mut [u8]) -> Result<(), Failed>;
 }
 
-/// The RAM that the stream fills. All of it is zero at first.
+/// The RAM and the disk that the stream fills. All of it is zero at first.
 pub trait Memory {
-    /// Lets `fill` write the bytes at `address`; they are RAM, at most [`CHUNK_MAX`] of them.
+    /// Lets `fill` write the bytes at `address`; they are RAM or disk, at most [`CHUNK_MAX`] of them.
     fn with<R>(&mut self, address: u64, size: usize, fill: impl FnOnce(&mut [u8]) -> R) -> R;
-    /// Writes zeros to RAM.
+    /// Writes zeros.
     fn zero(&mut self, address: u64, size: u64);
 }
 
@@ -43,16 +43,15 @@ pub struct Restored {
 }
 
 /// The memory that has been written, so that a run of zeros over memory never touched costs nothing:
-/// booting a large VM is mostly that. One bit for each block of RAM.
+/// booting a large VM is mostly that. One bit for each block.
 pub struct Touched {
     bits: [u64; BLOCKS / 64],
 }
 
 /// 2 MiB: small enough that little is zeroed in vain, large enough that the bits are a page or two.
 const BLOCK: u64 = 2 << 20;
-/// Blocks up to the end of the largest machine's RAM.
-const BLOCKS: usize =
-    (((MEM_MIB_MAX as u64) << 20) + (RAM_HIGH_START - RAM_LOW_END)).div_ceil(BLOCK) as usize;
+/// Blocks up to the end of the largest machine's disk.
+const BLOCKS: usize = ((DISK_START + ((DISK_MIB_MAX as u64) << 20)) / BLOCK) as usize;
 
 impl Touched {
     /// Nothing is touched.

@@ -21,6 +21,7 @@ use onde_lab::progress::Step;
 use onde_lab::{Lab, Shape, guest, programs};
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::{Key, sha256};
+use onde_wire::machine::Space;
 use onde_wire::stream::Start;
 use onde_wire::token::BootToken;
 use serde::Serialize;
@@ -257,7 +258,7 @@ impl Bench {
         let (job, key) = (opened.job.id.0, Key::new(&opened.job_key.0));
         let vm = Handle { job, key, node: opened.job.node_ipv4 };
         let token = BootToken::parse(&opened.boot_token.0).context("the broker's token")?;
-        let start = Start { job, mem_bytes: u64::from(GUEST_MIB) << 20, vcpus: 1 };
+        let start = Start { job, space: Space::of_mib(GUEST_MIB, 0), vcpus: 1 };
         let mut echo = Echo::open()?;
         let begun = Instant::now();
         let booted = vm.boot(&mut echo, token, opened.boot_tag.0)?;

@@ -52,8 +52,7 @@ impl<'a> Copying<'a> {
         let failed = |error| Failed::Machine(format!("this guest has no control device: {error}"));
         let mut machine = Devices::open(&guest.children.freezer).map_err(failed)?;
         let identity = machine.identity().map_err(failed)?;
-        let shape =
-            Start { job: identity.job, mem_bytes: identity.mem_bytes, vcpus: identity.vcpus };
+        let shape = Start { job: identity.job, space: identity.space, vcpus: identity.vcpus };
         // What is held was readied in the machine that it is a copy of.
         if !guest.copied.is_held() {
             hooks::run(&guest.children, hooks::PRE_FREEZE);

@@ -1,5 +1,5 @@
 //! Copies the whole running machine into a checkpoint stream: all memory, then, round by round, what was written
-//! meanwhile, and at last, from the instant at which the VMM froze it, the rest and the machine state. The guest
+//! meanwhile and what there is on its disk, and at last, from the instant at which the VMM froze it, the rest and the machine state. The guest
 //! goes on all the time but for that instant, and whatever fails leaves it as it was.
 //!
 //! ```text
@@ -13,11 +13,10 @@ use onde_wire::machine::control::{
     ROLE_MOVED,
 };
 use onde_wire::machine::{
-    BITMAP_START, FROZEN_PAGES_MAX, FROZEN_START, Frozen, MIRROR_START, PAGE_SIZE, RAM_HIGH_START,
-    RAM_LOW_END,
+    BITMAP_START, FROZEN_PAGES_MAX, FROZEN_START, Frozen, MIRROR_START, PAGE_SIZE, Space,
 };
 use onde_wire::session::{Round, Taken};
-use onde_wire::stream::{CHUNK_MAX, Start, in_ram};
+use onde_wire::stream::{CHUNK_MAX, Start};
 use std::io;
 use std::ops::Range;
 use std::time::Instant;
@@ -146,15 +145,15 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
 
     /// Sends all memory but what is free: if it is taken later, it is written then.
     fn all(&mut self) -> Result<(), Failed> {
-        let pages = self.start.mem_bytes / PAGE_SIZE;
+        let pages = self.start.space.ram_pages();
         self.begin_round(pages)?;
         let mut are_free = [false; PAGES_MAX as usize];
         for first in (0..pages).step_by(PAGES_MAX as usize) {
             let chunk = first..pages.min(first + PAGES_MAX);
             let are_free = &mut are_free[..(chunk.end - first) as usize];
-            self.machine.are_free(address(first) / PAGE_SIZE, are_free);
+            self.machine.are_free(self.start.space.address(first) / PAGE_SIZE, are_free);
             let used = chunk.zip(are_free).filter(|(_, is_free)| !**is_free).map(|(page, _)| page);
-            for run in runs(used) {
+            for run in runs(self.start.space, used) {
                 self.send(run)?;
             }
         }
@@ -163,7 +162,7 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
 
     /// Sends pages, counted as in the bitmap, as they are now.
     fn send(&mut self, run: Range<u64>) -> Result<(), Failed> {
-        let at = address(run.start);
+        let at = self.start.space.address(run.start);
         self.buffer.resize(((run.end - run.start) * PAGE_SIZE) as usize, 0);
         self.machine.read(MIRROR_START + at, &mut self.buffer).map_err(machine_failed)?;
         Ok(self.sink.memory(at, &self.buffer)?)
@@ -205,13 +204,13 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             RESULT_OK => {}
             result => return Err(refused("say what was written", result)),
         }
-        let pages = self.start.mem_bytes / PAGE_SIZE;
-        let mut bitmap = vec![0; pages.div_ceil(64) as usize * 8];
+        let pages = self.start.space.pages();
+        let mut bitmap = vec![0; self.start.space.bitmap_size() as usize];
         self.machine.read(BITMAP_START, &mut bitmap).map_err(machine_failed)?;
         let is_set = |page: &u64| bitmap[(page / 8) as usize] >> (page % 8) & 1 == 1;
         let count = (0..pages).filter(is_set).count() as u64;
         self.begin_round(count)?;
-        for run in runs((0..pages).filter(is_set)) {
+        for run in runs(self.start.space, (0..pages).filter(is_set)) {
             self.send(run)?;
         }
         Ok(count)
@@ -274,7 +273,7 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         let addresses: Vec<_> =
             list.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
         let are_good = addresses.iter().all(|&address| {
-            address.is_multiple_of(PAGE_SIZE) && in_ram(self.start.mem_bytes, address, PAGE_SIZE)
+            address.is_multiple_of(PAGE_SIZE) && self.start.space.holds(address, PAGE_SIZE)
         });
         if are_good { Ok(Saved { state, addresses, pages }) } else { Err(malformed()) }
     }
@@ -297,20 +296,16 @@ struct Saved {
     pages: Vec<u8>,
 }
 
-/// Address of a page counted as in the bitmap: low RAM, then high.
-fn address(page: u64) -> u64 {
-    let address = page * PAGE_SIZE;
-    if address < RAM_LOW_END { address } else { address - RAM_LOW_END + RAM_HIGH_START }
-}
-
-/// Pages in rising order as runs, none across the hole in RAM and none longer than a record takes.
-fn runs(pages: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> {
+/// Pages in rising order as runs, each of one piece of `space` and none longer than a record takes.
+fn runs(space: Space, pages: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> {
     let mut pages = pages.peekable();
     std::iter::from_fn(move || {
         let start = pages.next()?;
         let mut run = start..start + 1;
+        let first = space.address(start);
         let goes_on = |run: &Range<u64>, page: u64| {
-            page == run.end && run.end - run.start < PAGES_MAX && page * PAGE_SIZE != RAM_LOW_END
+            let size = (page - start) * PAGE_SIZE;
+            page == run.end && size < CHUNK_MAX.into() && space.address(page) == first + size
         };
         while pages.next_if(|&page| goes_on(&run, page)).is_some() {
             run.end += 1;

@@ -17,7 +17,7 @@ use onde_client::api::{
 use onde_wire::chain::Value;
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::{Key, job_key, sha256};
-use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
+use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
 use onde_wire::packet::Prices;
 use onde_wire::plan;
 use onde_wire::token::{BootToken, JobId, NodeId, Origin, Renewal};
@@ -27,9 +27,6 @@ use std::time::Instant;
 /// How long a boot token can be shown: time to build a VM's memory image, and not much more, since the node's
 /// memory is reserved for it.
 const BOOT_TOKEN_LIFE_MS: u64 = 120_000;
-/// Most disk of a VM, MiB: 1 TiB. What a node has is for the node to say.
-const DISK_MIB_MAX: u32 = 1 << 20;
-
 fn check_shape(request: &JobRequest) -> Result<(), Refusal> {
     if !(MEM_MIB_MIN..=MEM_MIB_MAX).contains(&request.mem_mib) {
         return Err(Refusal::Invalid("mem_mib is 64 to 65536"));
@@ -38,7 +35,7 @@ fn check_shape(request: &JobRequest) -> Result<(), Refusal> {
         return Err(Refusal::Invalid("vcpus is 1 to 64"));
     }
     if request.disk_mib > DISK_MIB_MAX {
-        return Err(Refusal::Invalid("disk_mib is at most 1048576"));
+        return Err(Refusal::Invalid("disk_mib is at most 32768"));
     }
     if let Some(clones) = request.clones {
         if request.template || request.moves.is_some() {

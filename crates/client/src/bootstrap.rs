@@ -205,6 +205,7 @@ mod tests {
     use crate::layout::Piece;
     use onde_wire::key::Key;
     use onde_wire::machine::ColdStart;
+    use onde_wire::machine::Space;
     use std::net::TcpListener;
 
     /// Boots against a VM that reads `read_bytes` behind the hellos, answers with `reports`, and leaves.
@@ -231,7 +232,7 @@ mod tests {
             });
             let channel =
                 Channel::connect(peer, &handle.job, &handle.key, CONNECT_TIMEOUT).unwrap();
-            let start = Start { job: handle.job, mem_bytes: 64 << 20, vcpus: 1 };
+            let start = Start { job: handle.job, space: Space::of_mib(64, 0), vcpus: 1 };
             let got = Vacant::over(channel, &[7; 1000]).and_then(|mut vm| {
                 let sent = write_cold(vm.writer(), &start, &layout, |_| {});
                 vm.finish(sent)

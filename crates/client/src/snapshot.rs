@@ -5,7 +5,7 @@
 use crate::channel::Channel;
 use crate::session::frames::{FrameReader, FrameWriter};
 use crate::stream::{Progress, StreamWriter};
-use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
+use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, Space, VCPUS_MAX};
 use onde_wire::session::{AgentFrame, ClientFrame, Round, Taken};
 use onde_wire::stream::{Checker, HEAD_SIZE, Head, Kind, START_SIZE, Start, StreamError};
 use std::fs::{self, File, OpenOptions};
@@ -322,7 +322,7 @@ impl SnapshotFile {
         start: &Start,
         mut on_progress: impl FnMut(Progress),
     ) -> io::Result<Progress> {
-        assert_eq!((start.mem_bytes, start.vcpus), (self.start.mem_bytes, self.start.vcpus));
+        assert_eq!((start.space, start.vcpus), (self.start.space, self.start.vcpus));
         let mut progress = Progress { mem_total: self.mem_total, ..Progress::default() };
         let mut stream = StreamWriter::start(out, start)?;
         let mut state = Vec::new();
@@ -367,9 +367,10 @@ fn start(mut file: &File) -> io::Result<Result<Start, Flaw>> {
 
 /// Whether there are machines of this shape.
 fn is_possible(start: &Start) -> bool {
-    let mem_mib = start.mem_bytes >> 20;
-    start.mem_bytes.is_multiple_of(1 << 20)
-        && (MEM_MIB_MIN.into()..=MEM_MIB_MAX.into()).contains(&mem_mib)
+    let Space { mem_bytes, disk_bytes } = start.space;
+    [mem_bytes, disk_bytes].iter().all(|bytes| bytes.is_multiple_of(1 << 20))
+        && (MEM_MIB_MIN.into()..=MEM_MIB_MAX.into()).contains(&(mem_bytes >> 20))
+        && disk_bytes >> 20 <= DISK_MIB_MAX.into()
         && (1..=VCPUS_MAX.into()).contains(&start.vcpus)
 }
 

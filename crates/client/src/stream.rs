@@ -211,7 +211,10 @@ mod tests {
     use onde_wire::machine::ColdStart;
     use onde_wire::stream::Checker;
 
-    const START: Start = Start { job: [9; 16], mem_bytes: 64 << 20, vcpus: 1 };
+    use onde_wire::machine::Space;
+
+    const START: Start =
+        Start { job: [9; 16], space: Space { mem_bytes: 64 << 20, disk_bytes: 0 }, vcpus: 1 };
 
     /// Reads a stream as a loader does: the checker judges, memory is what the records say.
     fn receive(stream: &[u8]) -> (Vec<Piece>, Vec<Kind>, Vec<u8>) {

@@ -1,7 +1,7 @@
 //! Whether a boot token can be taken: the checks of BOOT that need no kernel. Called by [`crate::node`]; the
 //! token's tag was checked by `packetd`. Never changes anything.
 
-use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
+use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
 use onde_wire::packet::Status;
 use onde_wire::plan::{self, Plan};
 use onde_wire::token::{BootToken, Origin};
@@ -40,8 +40,11 @@ pub fn reserve_mib(token: &BootToken) -> u32 {
     }
 }
 
-/// Whether a token asks for an amount of memory that its kind of VM can hold.
+/// Whether a token asks for an amount of memory that its kind of VM can hold. Clones share memory, and no disk.
 fn holds_enough(token: &BootToken) -> bool {
+    if token.origin != Origin::Loader && token.disk_mib > 0 {
+        return false;
+    }
     match token.origin {
         Origin::Clone(_) => (CLONE_MIB_MIN..=held_mib(token.mem_mib)).contains(&token.held_mib),
         Origin::Loader | Origin::Template => token.held_mib == token.mem_mib,
@@ -70,6 +73,7 @@ pub fn check(config: &Config, token: &BootToken, now_ms: u64) -> Result<(), Stat
     let sane = token.node == config.node
         && (MEM_MIB_MIN..=MEM_MIB_MAX).contains(&token.mem_mib)
         && (1..=VCPUS_MAX).contains(&token.vcpus)
+        && token.disk_mib <= DISK_MIB_MAX
         && (1..=VALUE_MAX).contains(&token.value_micro)
         && holds_enough(token)
         && (1..=30).contains(&token.prefix_len)

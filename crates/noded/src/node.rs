@@ -11,7 +11,7 @@ use std::fmt;
 
 use onde_wire::handover::COOKIE_SIZE;
 use onde_wire::key::{self, Key};
-use onde_wire::machine::{Identity, Meter, VmmCommand, VmmEvent};
+use onde_wire::machine::{Identity, Meter, Space, VmmCommand, VmmEvent};
 use onde_wire::packet::{
     Booted, CONSOLE_SLICE_MAX, ConsoleSlice, EndReason, Hello, Op, Packet, Paid, Party, Reply,
     Request, Status,
@@ -424,7 +424,7 @@ impl Node {
             job_key: key::job_key(&self.key, &token.job),
             loader_sha256: token.loader_sha256,
             seed: [0; 32],
-            mem_bytes: u64::from(token.mem_mib) << 20,
+            space: Space::of_mib(token.mem_mib, token.disk_mib),
             vcpus: token.vcpus.into(),
             tsc_khz: 0,
             boot_mac: if boot_ipv4 == token.ipv4 { token.mac } else { plan::mac(boot_ipv4) },

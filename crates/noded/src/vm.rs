@@ -280,16 +280,16 @@ impl Parts<'_> {
 }
 
 fn arguments(spec: &Spec) -> Vec<CString> {
-    let [mem, vcpus] = [spec.mem_mib.to_string(), spec.vcpus.to_string()];
+    let [mem, vcpus, disk] =
+        [spec.mem_mib, spec.vcpus.into(), spec.disk_mib].map(|number: u32| number.to_string());
     let is_clone = matches!(spec.start, Start::Template(_));
     let options = [
-        ("--disk", spec.disk_mib > 0),
         ("--saved", spec.saved_mib > 0 || is_clone),
         ("--wakes", spec.start == Start::Saved),
         ("--clone", is_clone),
     ];
     let options = options.into_iter().filter_map(|(name, is_on)| is_on.then_some(name));
-    ["vmm", "--memory-mib", &mem, "--vcpus", &vcpus]
+    ["vmm", "--memory-mib", &mem, "--vcpus", &vcpus, "--disk-mib", &disk]
         .into_iter()
         .chain(options)
         .map(|arg| CString::new(arg).expect("no zero in it"))

@@ -288,6 +288,12 @@ pub struct Order {
     #[arg(long, value_name = "N", default_value_t = 1)]
     #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
     pub vcpus: u16,
+    /// A disk of its own, MiB: /dev/vda in the VM, empty at first
+    ///
+    /// It moves, sleeps and is copied with the VM, and ends with it.
+    #[arg(long, value_name = "MiB", default_value_t = 0, hide_default_value = true)]
+    #[arg(value_parser = clap::value_parser!(u32).range(..=32768))]
+    pub disk: u32,
     /// First payment, tokens [default: 30, or the budget if that is less]
     #[arg(long, value_name = "N")]
     #[arg(value_parser = clap::value_parser!(u32).range(1..=4096))]

@@ -14,6 +14,7 @@ use onde_client::layout::{self, Layout};
 use onde_client::snapshot::SnapshotFile;
 use onde_client::stream::{Progress, write_cold};
 use onde_wire::key::sha256;
+use onde_wire::machine::Space;
 use onde_wire::stream::Start;
 use onde_wire::token::BootToken;
 use std::io;
@@ -107,7 +108,7 @@ pub fn launch(
         node: order.node.map(NodeChoice::Number),
         mem_mib: order.memory,
         vcpus: order.vcpus,
-        disk_mib: 0,
+        disk_mib: order.disk,
         net_kib_s: 0,
         loader_sha256: Hex(sha256(&loader)),
         tokens: first,
@@ -196,8 +197,11 @@ fn start(
         .context("the broker sells boot tokens of another version than this program knows")?;
     let booted = handle.boot(&mut echo, token, opened.boot_tag.0)?;
     report.line(&format!("job {} on node {}, {} MiB", job.short_id(), job.node, job.mem_mib));
-    let shape =
-        Start { job: job.id.0, mem_bytes: u64::from(job.mem_mib) << 20, vcpus: job.vcpus.into() };
+    let shape = Start {
+        job: job.id.0,
+        space: Space::of_mib(job.mem_mib, job.disk_mib),
+        vcpus: job.vcpus.into(),
+    };
     let bar = report.upload(load.size());
     let on_progress = |progress: Progress| bar.at(progress.mem_done);
     // A large machine on a slow line takes longer than a first payment lasts.

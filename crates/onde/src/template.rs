@@ -140,7 +140,7 @@ fn one(cluster: &Arc<Cluster>, wanted: &Wanted<'_>, open: &Open, report: &Report
             node: None,
             mem_mib: template.mem_mib,
             vcpus: template.vcpus,
-            disk_mib: 0,
+            disk_mib: template.disk_mib,
             net_kib_s: 0,
             // Nothing is uploaded, so no loader is right.
             loader_sha256: Hex([0; 32]),

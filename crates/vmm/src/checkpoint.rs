@@ -8,22 +8,25 @@
 //! ```
 
 use onde_wire::machine::control::{RESULT_INVALID, RESULT_TOO_MANY};
-use onde_wire::machine::{FROZEN_PAGES_MAX, Frozen, PAGE_SIZE, STATE_SIZE_MAX};
+use onde_wire::machine::{FROZEN_PAGES_MAX, Frozen, PAGE_SIZE, STATE_SIZE_MAX, Space};
 use std::sync::Arc;
+use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap};
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{
-    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, VolatileMemory, bitmap::Bitmap,
+    Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress,
+    VolatileMemory, VolatileSlice,
 };
 
 use crate::fault::{Context, Fault, Part};
 use crate::kvm::{Vm, Windows};
-use crate::memory::{View, clear_window, map_window};
-use crate::pages::{PageSet, bitmap_size};
+use crate::memory::{Disk, Region, View, clear_window, map_window};
+use crate::pages::PageSet;
 
 /// Pages written, and the windows.
 pub struct Checkpoint {
     ram: Arc<View>,
-    mem_bytes: u64,
+    disk: Option<Arc<Disk>>,
+    space: Space,
     bitmap: MmapRegion,
     frozen: MmapRegion,
     tracking: bool,
@@ -35,11 +38,11 @@ pub struct Checkpoint {
 pub type Refused = u32;
 
 impl Checkpoint {
-    /// Windows that are empty, for a machine with this RAM.
-    pub fn new(ram: Arc<View>, mem_bytes: u64) -> Result<Self, Fault> {
-        let bitmap = map_window(bitmap_size(mem_bytes))?;
+    /// Windows that are empty, for a machine with this RAM and disk.
+    pub fn new(ram: Arc<View>, disk: Option<Arc<Disk>>, space: Space) -> Result<Self, Fault> {
+        let bitmap = map_window(space.bitmap_size())?;
         let frozen = map_window(Frozen::window_size())?;
-        Ok(Self { ram, mem_bytes, bitmap, frozen, tracking: false, held: None })
+        Ok(Self { ram, disk, space, bitmap, frozen, tracking: false, held: None })
     }
 
     /// The windows, to make slots of.
@@ -47,12 +50,18 @@ impl Checkpoint {
         Windows { bitmap: &self.bitmap, frozen: &self.frozen }
     }
 
-    /// TRACK: starts with no page noted, or ends.
+    /// RAM, and the disk.
+    fn regions(&self) -> impl Iterator<Item = &Region> {
+        self.ram.iter().chain(self.disk.iter().map(|disk| &disk.region))
+    }
+
+    /// TRACK: starts with no page of RAM noted and all of the disk that is not empty, or ends.
     pub fn track(&mut self, vm: &Vm, on: bool) -> Result<(), Fault> {
-        vm.log_writes(&self.ram, on)?;
+        self.regions().try_for_each(|region| vm.log_writes(region, on))?;
         if on {
             // Some pages may be left from an earlier start: KVM goes on with its log if there is one.
             self.collect(vm)?;
+            self.disk.iter().try_for_each(|disk| disk.mark_data())?;
         }
         self.tracking = on;
         Ok(())
@@ -97,12 +106,25 @@ impl Checkpoint {
             let at = head.pages_at() + index as u64 * PAGE_SIZE;
             let target = window.subslice(at as usize, PAGE_SIZE as usize);
             let target = target.fault(Part::Memory, "find a page of FROZEN")?;
-            let source = self.ram.get_slice(GuestAddress(address), PAGE_SIZE as usize);
-            source.fault(Part::Memory, "find a page of RAM")?.copy_to_volatile_slice(target);
+            self.page(address)?.copy_to_volatile_slice(target);
         }
         put(&head.emit(), 0)?;
         self.held = Some(pages);
         Ok(())
+    }
+
+    /// A page as it is now.
+    fn page(&self, address: u64) -> Result<VolatileSlice<'_, BS<'_, AtomicBitmap>>, Fault> {
+        let (region, at) = self
+            .find(address)
+            .ok_or_else(|| Fault::new(Part::Memory, "a page that is neither RAM nor disk"))?;
+        region.get_slice(at, PAGE_SIZE as usize).fault(Part::Memory, "find a page")
+    }
+
+    /// The region of a page.
+    fn find(&self, address: u64) -> Option<(&Region, MemoryRegionAddress)> {
+        let mut regions = self.regions();
+        regions.find_map(|region| Some((region, region.to_region_addr(GuestAddress(address))?)))
     }
 
     /// Whether there is something in the FROZEN window.
@@ -120,10 +142,10 @@ impl Checkpoint {
 
     /// Takes what KVM and the VMM's own writes noted.
     fn collect(&self, vm: &Vm) -> Result<PageSet, Fault> {
-        let mut pages = PageSet::empty(self.mem_bytes);
-        for (index, region) in self.ram.iter().enumerate() {
+        let mut pages = PageSet::empty(self.space);
+        for region in self.regions() {
             let start = region.start_addr().0;
-            pages.merge(start, &vm.take_log(index, region.len())?);
+            pages.merge(start, &vm.take_log(region)?);
             pages.merge(start, &(**region).bitmap().get_and_reset());
         }
         Ok(pages)
@@ -131,7 +153,7 @@ impl Checkpoint {
 
     fn note(&self, pages: &PageSet) {
         for address in pages.addresses() {
-            if let Some((region, at)) = self.ram.to_region_addr(GuestAddress(address)) {
+            if let Some((region, at)) = self.find(address) {
                 GuestMemoryRegion::bitmap(region).mark_dirty(at.0 as usize, PAGE_SIZE as usize);
             }
         }

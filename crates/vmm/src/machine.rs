@@ -17,8 +17,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use onde_wire::machine::{
-    ACPI_START, GED_GSI, INFO_SIZE, INFO_TSC_KHZ, Identity, SERIAL_GSI, VIRTIO_GSI, VIRTIO_START,
-    VIRTIO_STRIDE,
+    ACPI_START, GED_GSI, INFO_SIZE, INFO_TSC_KHZ, Identity, SERIAL_GSI, Space, VIRTIO_GSI,
+    VIRTIO_START, VIRTIO_STRIDE,
 };
 use onde_wire::token::JobId;
 use vm_memory::mmap::MmapRegion;
@@ -34,7 +34,7 @@ use crate::fault::{Context, Fault, Part};
 use crate::gathering::Gathering;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::{Vm, eventfd};
-use crate::memory::{Memory, View, map_console, map_info};
+use crate::memory::{Disk, Memory, View, map_console, map_info};
 use crate::noded::Noded;
 use crate::virtio::blk::Blk;
 use crate::virtio::mmio::{QUEUE_NOTIFY, Slot};
@@ -46,18 +46,21 @@ use crate::{acpi, mstrap, saved};
 /// The shape of a machine, from the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Shape {
-    /// Bytes of RAM.
-    pub mem_bytes: u64,
+    /// RAM and disk.
+    pub space: Space,
     /// Number of vCPUs.
     pub vcpus: u32,
-    /// Whether there is a disk.
-    pub has_disk: bool,
 }
 
 impl Shape {
+    /// Whether there is a disk.
+    pub fn has_disk(&self) -> bool {
+        self.space.disk_bytes > 0
+    }
+
     /// Number of virtio devices.
     pub fn device_count(&self) -> usize {
-        2 + usize::from(self.has_disk)
+        2 + usize::from(self.has_disk())
     }
 }
 
@@ -150,23 +153,24 @@ pub fn build(shape: Shape, origin: Origin, given: Descriptors) -> Result<Built, 
     let (memory, waking) = match (origin, &given.saved) {
         (Origin::Template, Some(file)) => {
             let template = saved::find(file, &shape)?;
-            let memory = Memory::of_clone(shape.mem_bytes, file, &template.pieces)?;
+            let memory = Memory::of_clone(&shape.space, file, &template.pieces)?;
             (memory, Some(template.state))
         }
-        _ => (Memory::new(shape.mem_bytes)?, None),
+        _ => (Memory::new(&shape.space, given.disk.as_ref())?, None),
     };
     let view = memory.ram_and_boot.clone();
-    let checkpoint = Checkpoint::new(memory.ram.clone(), shape.mem_bytes)?;
-    let vm = Vm::new(given.kvm, &view, &info, &checkpoint.windows())?;
+    let disk = memory.disk.clone();
+    let checkpoint = Checkpoint::new(memory.ram.clone(), disk.clone(), shape.space)?;
+    let vm = Vm::new(given.kvm, &view, disk.as_deref(), &info, &checkpoint.windows())?;
     let vcpus = create_vcpus(&vm, shape.vcpus)?;
     if origin == Origin::Loader {
-        vcpus[0].enter_mstrap(load_mstrap(given.mstrap, &view, shape.mem_bytes)?)?;
+        vcpus[0].enter_mstrap(load_mstrap(given.mstrap, &view, &shape.space)?)?;
     }
     write_tsc_khz(&info, vcpus[0].tsc_khz()?)?;
 
     let arrivals = Arc::new(Arrivals::default());
     let tap = given.tap.file().as_raw_fd();
-    let devices = devices(given.tap, given.disk, &identity, &arrivals)?;
+    let devices = devices(given.tap, disk, &identity, &arrivals)?;
     let mut doorbells = Vec::new();
     let mut slots = Vec::new();
     for (position, device) in devices.into_iter().enumerate() {
@@ -220,26 +224,26 @@ fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<Vcpu>, Fault> {
 }
 
 /// Reads the image, puts it into BOOT and returns its entry point.
-fn load_mstrap(file: File, view: &View, mem_bytes: u64) -> Result<u64, Fault> {
+fn load_mstrap(file: File, view: &View, space: &Space) -> Result<u64, Fault> {
     let mut image = Vec::new();
     file.take(mstrap::IMAGE_SIZE_MAX)
         .read_to_end(&mut image)
         .fault(Part::Mstrap, "read the mstrap image")?;
-    mstrap::write_tables(view, mem_bytes)?;
+    mstrap::write_tables(view, space)?;
     mstrap::load(&image, view)
 }
 
 /// The virtio devices in the order of their positions (`wire::machine::VIRTIO_*`).
 fn devices(
     tap: Tap,
-    disk: Option<File>,
+    disk: Option<Arc<Disk>>,
     identity: &Identity,
     arrivals: &Arc<Arrivals>,
 ) -> Result<Vec<Box<dyn Device>>, Fault> {
     let net = Net::new(tap, identity.boot_mac, identity.mac, arrivals.clone());
     let mut devices: Vec<Box<dyn Device>> = vec![Box::new(net), Box::new(Rng)];
-    if let Some(file) = disk {
-        devices.push(Box::new(Blk::new(file).fault(Part::Descriptors, "read the disk's size")?));
+    if let Some(disk) = disk {
+        devices.push(Box::new(Blk::new(disk)));
     }
     Ok(devices)
 }

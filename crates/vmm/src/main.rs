@@ -25,7 +25,7 @@ mod virtio;
 use std::process::ExitCode;
 use std::thread::{Builder, JoinHandle};
 
-use onde_wire::machine::{MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX, VmmEvent};
+use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, Space, VCPUS_MAX, VmmEvent};
 use vmm_sys_util::signal::{Killable, block_signal};
 
 use descriptors::Descriptors;
@@ -69,7 +69,7 @@ struct Arguments {
 /// Runs a machine to its end. On success it powered off, reset or is in its file; `noded` was told in any case.
 fn run(arguments: Arguments) -> Result<(), Fault> {
     let Arguments { shape, has_saved, origin } = arguments;
-    let given = Descriptors::take(shape.has_disk, has_saved)?;
+    let given = Descriptors::take(shape.has_disk(), has_saved)?;
     let early = given.control.try_clone().fault(Part::Descriptors, "clone the control socket")?;
     let built = machine::build(shape, origin, given).inspect_err(|fault| {
         let _ = early.send(&VmmEvent::Fault(fault.part as u32).emit());
@@ -144,19 +144,19 @@ fn report(machine: &Machine, outcome: Outcome) -> Result<(), Fault> {
 }
 
 impl Arguments {
-    /// `--memory-mib N --vcpus N [--disk] [--saved [--wakes | --clone]]`
+    /// `--memory-mib N --vcpus N [--disk-mib N] [--saved [--wakes | --clone]]`
     fn parse(mut words: impl Iterator<Item = String>) -> Result<Self, Fault> {
         const USAGE: &str =
-            "usage: vmm --memory-mib N --vcpus N [--disk] [--saved [--wakes | --clone]]";
+            "usage: vmm --memory-mib N --vcpus N [--disk-mib N] [--saved [--wakes | --clone]]";
         let bad = |what: &str| Fault::new(Part::Arguments, format!("{what}; {USAGE}"));
-        let (mut mem_mib, mut vcpus, mut has_disk) = (None, None, false);
+        let (mut mem_mib, mut vcpus, mut disk_mib) = (None, None, Some(0));
         let (mut has_saved, mut origin) = (false, Origin::Loader);
         while let Some(word) = words.next() {
             let mut number = || words.next().and_then(|value| value.parse::<u32>().ok());
             match word.as_str() {
                 "--memory-mib" => mem_mib = number(),
                 "--vcpus" => vcpus = number(),
-                "--disk" => has_disk = true,
+                "--disk-mib" => disk_mib = number(),
                 "--saved" => has_saved = true,
                 "--wakes" => origin = Origin::Saved,
                 "--clone" => origin = Origin::Template,
@@ -169,10 +169,13 @@ impl Arguments {
         let vcpus = vcpus
             .filter(|count| (1..=u32::from(VCPUS_MAX)).contains(count))
             .ok_or_else(|| bad(&format!("vCPUs must be 1 to {VCPUS_MAX}")))?;
+        let disk_mib = disk_mib
+            .filter(|mib| *mib <= DISK_MIB_MAX)
+            .ok_or_else(|| bad(&format!("a disk has at most {DISK_MIB_MAX} MiB")))?;
         if origin != Origin::Loader && !has_saved {
             return Err(bad("nothing to go on from"));
         }
-        let shape = Shape { mem_bytes: u64::from(mem_mib) << 20, vcpus, has_disk };
+        let shape = Shape { space: Space::of_mib(mem_mib, disk_mib), vcpus };
         Ok(Self { shape, has_saved, origin })
     }
 }
@@ -189,10 +192,10 @@ mod tests {
 
     #[test]
     fn shapes_have_limits() {
-        let shape = Shape { mem_bytes: 128 << 20, vcpus: 2, has_disk: false };
+        let shape = Shape { space: Space::of_mib(128, 0), vcpus: 2 };
         check("--memory-mib 128 --vcpus 2", Some((shape, false, Origin::Loader)));
-        let with_disk = Shape { has_disk: true, ..shape };
-        check("--disk --vcpus 2 --memory-mib 128", Some((with_disk, false, Origin::Loader)));
+        let with_disk = Shape { space: Space::of_mib(128, 9), ..shape };
+        check("--disk-mib 9 --vcpus 2 --memory-mib 128", Some((with_disk, false, Origin::Loader)));
         check("--saved --vcpus 2 --memory-mib 128", Some((shape, true, Origin::Loader)));
         check("--vcpus 2 --memory-mib 128 --saved --wakes", Some((shape, true, Origin::Saved)));
         check("--vcpus 2 --memory-mib 128 --saved --clone", Some((shape, true, Origin::Template)));

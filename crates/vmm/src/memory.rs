@@ -5,10 +5,8 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use onde_wire::machine::{
-    BOOT_SIZE, BOOT_START, CONSOLE_RING_SIZE, PAGE_SIZE, RAM_HIGH_START, RAM_LOW_END,
-};
-use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use onde_wire::machine::{BOOT_SIZE, BOOT_START, CONSOLE_RING_SIZE, DISK_START, PAGE_SIZE, Space};
+use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{
     FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
@@ -22,6 +20,9 @@ use crate::saved::Piece;
 /// written: KVM knows of the guest's own writes only.
 pub type View = GuestMemoryMmap<AtomicBitmap>;
 
+/// One piece of a [`View`], or a disk.
+pub type Region = GuestRegionMmap<AtomicBitmap>;
+
 /// Huge pages of the host are this big; RAM that lies congruent to it is backed by them, which
 /// saves 511 of 512 page faults.
 const HUGE_PAGE: u64 = 2 << 20;
@@ -32,23 +33,70 @@ pub struct Memory {
     pub ram: Arc<View>,
     /// RAM and BOOT: what devices see until RESUME.
     pub ram_and_boot: Arc<View>,
+    /// The disk, where there is one.
+    pub disk: Option<Arc<Disk>>,
 }
 
-/// Start and size of each piece of RAM for a VM of `mem_bytes`.
-pub fn ram_ranges(mem_bytes: u64) -> Vec<(u64, u64)> {
-    let low = mem_bytes.min(RAM_LOW_END);
-    let mut ranges = vec![(0, low)];
-    if mem_bytes > low {
-        ranges.push((RAM_HIGH_START, mem_bytes - low));
+/// Start and size of each piece of RAM.
+fn ram_ranges(space: &Space) -> impl Iterator<Item = (u64, u64)> {
+    space.ram().into_iter().filter(|(_, size)| *size > 0)
+}
+
+/// A disk: its file, and the same bytes as memory that the guest sees at `DISK_START`.
+pub struct Disk {
+    /// The file.
+    pub file: File,
+    /// The memory, which notes the pages that are written through the file, too.
+    pub region: Region,
+}
+
+impl Disk {
+    /// Maps `size` bytes of a file.
+    pub fn new(file: &File, size: u64) -> Result<Self, Fault> {
+        check_length(file, size, "disk")?;
+        let file = file.try_clone().fault(Part::Descriptors, "clone the disk's descriptor")?;
+        let backing = file.try_clone().fault(Part::Descriptors, "clone the disk's descriptor")?;
+        let bitmap = NewBitmap::with_len(size as usize);
+        let mapping = MmapRegionBuilder::new_with_bitmap(size as usize, bitmap)
+            .with_file_offset(FileOffset::new(backing, 0))
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_SHARED | libc::MAP_NORESERVE)
+            .build()
+            .fault(Part::Memory, "map the disk")?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(DISK_START))
+            .ok_or_else(|| Fault::new(Part::Memory, "the disk overflows"))?;
+        Ok(Self { file, region })
     }
-    ranges
+
+    /// Notes that bytes were written.
+    pub fn mark(&self, at: u64, size: usize) {
+        GuestMemoryRegion::bitmap(&self.region).mark_dirty(at as usize, size);
+    }
+
+    /// Notes all bytes that were ever written.
+    pub fn mark_data(&self) -> Result<(), Fault> {
+        use rustix::fs::{SeekFrom, seek};
+        let size = self.region.len();
+        let mut at = 0;
+        while at < size {
+            let start = match seek(&self.file, SeekFrom::Data(at)) {
+                Ok(start) => start,
+                // Nothing but a hole from here on.
+                Err(rustix::io::Errno::NXIO) => break,
+                Err(error) => return Err(error).fault(Part::Memory, "find what is on the disk"),
+            };
+            at = seek(&self.file, SeekFrom::Hole(start)).fault(Part::Memory, "find a hole")?;
+            self.mark(start, (at.min(size) - start.min(size)) as usize);
+        }
+        Ok(())
+    }
 }
 
 impl Memory {
     /// Reserves address space for RAM and BOOT; pages come as the guest touches them.
-    pub fn new(mem_bytes: u64) -> Result<Self, Fault> {
+    pub fn new(space: &Space, disk: Option<&File>) -> Result<Self, Fault> {
         let mut regions = Vec::new();
-        for (start, size) in ram_ranges(mem_bytes) {
+        for (start, size) in ram_ranges(space) {
             let region = ram_region(start, size, rustix::mm::Advice::LinuxHugepage)?;
             regions.push(Arc::new(region));
         }
@@ -58,19 +106,21 @@ impl Memory {
         let ram = View::from_arc_regions(regions).fault(Part::Memory, "collect RAM")?;
         let with_boot =
             ram.insert_region(Arc::new(boot)).fault(Part::Memory, "collect RAM and BOOT")?;
-        Ok(Self { ram: Arc::new(ram), ram_and_boot: Arc::new(with_boot) })
+        let disk = disk.map(|file| Disk::new(file, space.disk_bytes)).transpose()?;
+        Ok(Self { ram: Arc::new(ram), ram_and_boot: Arc::new(with_boot), disk: disk.map(Arc::new) })
     }
 
-    /// The memory of a template's clone: RAM that is in the file is the file's until it is written. There is no BOOT.
-    pub fn of_clone(mem_bytes: u64, file: &File, pieces: &[Piece]) -> Result<Self, Fault> {
-        let regions = ram_ranges(mem_bytes).into_iter().map(|(start, size)| {
+    /// The memory of a template's clone: RAM that is in the file is the file's until it is written. There is no BOOT, and
+    /// no disk.
+    pub fn of_clone(space: &Space, file: &File, pieces: &[Piece]) -> Result<Self, Fault> {
+        let regions = ram_ranges(space).map(|(start, size)| {
             // A clone that writes one byte shall not pay for 2 MiB.
             Ok(Arc::new(ram_region(start, size, rustix::mm::Advice::LinuxNoHugepage)?))
         });
         let regions = regions.collect::<Result<_, Fault>>()?;
         let ram = Arc::new(View::from_arc_regions(regions).fault(Part::Memory, "collect RAM")?);
         pieces.iter().try_for_each(|piece| map_over(&ram, file, piece))?;
-        Ok(Self { ram_and_boot: ram.clone(), ram })
+        Ok(Self { ram_and_boot: ram.clone(), ram, disk: None })
     }
 
     /// Whether there is BOOT.
@@ -95,11 +145,7 @@ fn anonymous<B: NewBitmap>(size: u64) -> Result<MmapRegion<B>, Fault> {
 }
 
 /// RAM from `start` on, its host address congruent to the guest's modulo [`HUGE_PAGE`].
-fn ram_region(
-    start: u64,
-    size: u64,
-    advice: rustix::mm::Advice,
-) -> Result<GuestRegionMmap<AtomicBitmap>, Fault> {
+fn ram_region(start: u64, size: u64, advice: rustix::mm::Advice) -> Result<Region, Fault> {
     // Linux 6.1 does not align large anonymous mappings by itself: reserve one huge page more
     // and begin at the first boundary.
     let reserve = anonymous::<()>(size + HUGE_PAGE)?;
@@ -168,13 +214,18 @@ pub fn map_console(file: File) -> Result<MmapRegion, Fault> {
 }
 
 fn map_shared(file: File, size: u64, name: &str) -> Result<MmapRegion, Fault> {
-    // A mapping beyond the end of its file kills on access: refuse it here.
+    check_length(&file, size, name)?;
+    MmapRegion::from_file(FileOffset::new(file, 0), size as usize).fault(Part::Memory, name)
+}
+
+/// A mapping beyond the end of its file kills on access: refuses it.
+fn check_length(file: &File, size: u64, name: &str) -> Result<(), Fault> {
     let length = file.metadata().fault(Part::Descriptors, name)?.len();
     if length < size {
         let text = format!("{name}: memory file has {length} bytes, {size} needed");
         return Err(Fault::new(Part::Descriptors, text));
     }
-    MmapRegion::from_file(FileOffset::new(file, 0), size as usize).fault(Part::Memory, name)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -184,16 +235,23 @@ mod tests {
     use vm_memory::Bytes;
 
     #[test]
-    fn ram_has_its_hole() {
-        let gib = 1 << 30;
-        assert_eq!(ram_ranges(gib), [(0, gib)]);
-        assert_eq!(ram_ranges(3 * gib), [(0, 3 * gib)]);
-        assert_eq!(ram_ranges(5 * gib), [(0, 3 * gib), (4 * gib, 2 * gib)]);
+    fn a_disk_notes_what_was_ever_written() {
+        let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
+        file.set_len(1 << 20).unwrap();
+        assert!(Disk::new(&file, (1 << 20) + 1).is_err());
+        let disk = Disk::new(&file, 1 << 20).unwrap();
+        file.write_all_at(&[1; 9000], 100 << 12).unwrap();
+        disk.region.write_obj(1u8, vm_memory::MemoryRegionAddress(255 << 12)).unwrap();
+        (*disk.region).bitmap().reset();
+        disk.mark_data().unwrap();
+        let noted = (*disk.region).bitmap().get_and_reset();
+        let is_set = |page: &usize| noted[page / 64] >> (page % 64) & 1 == 1;
+        assert_eq!((0..256).filter(is_set).collect::<Vec<_>>(), [100, 101, 102, 255]);
     }
 
     #[test]
     fn ram_is_aligned_and_boot_goes_away() {
-        let mut memory = Memory::new(64 << 20).unwrap();
+        let mut memory = Memory::new(&Space::of_mib(64, 0), None).unwrap();
         let host = memory.ram.iter().next().unwrap().as_ptr() as u64;
         assert_eq!(host % HUGE_PAGE, 0);
         let boot = GuestAddress(BOOT_START + BOOT_SIZE - 1);
@@ -209,7 +267,7 @@ mod tests {
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
         file.write_all_at(&[7; 3 * 4096], 4096).unwrap();
         let pieces = [Piece { offset: 8192, address: 1 << 20, size: 8192 }];
-        let clone = || Memory::of_clone(64 << 20, &file, &pieces).unwrap().ram;
+        let clone = || Memory::of_clone(&Space::of_mib(64, 0), &file, &pieces).unwrap().ram;
         let (one, other) = (clone(), clone());
         let at = GuestAddress((1 << 20) + 4096);
         one.write_obj(9u8, at).unwrap();
@@ -217,6 +275,6 @@ mod tests {
         assert_eq!((seen(&one, at), seen(&other, at)), (9, 7));
         assert_eq!(seen(&one, GuestAddress(0)), 0);
         let beyond = [Piece { address: (64 << 20) - 4096, ..pieces[0] }];
-        assert!(Memory::of_clone(64 << 20, &file, &beyond).is_err());
+        assert!(Memory::of_clone(&Space::of_mib(64, 0), &file, &beyond).is_err());
     }
 }

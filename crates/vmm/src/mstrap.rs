@@ -3,7 +3,7 @@
 //! mstrap is part of the node image, so a malformed file is our bug, not a guest's.
 
 use onde_wire::machine::{
-    BOOT_START, BOOT_TABLES_SIZE, LOADER_START, MSTRAP_START, RAM_HIGH_START, RAM_LOW_END,
+    BOOT_START, BOOT_TABLES_SIZE, LOADER_START, MSTRAP_START, RAM_HIGH_START, Space,
 };
 use vm_memory::{Bytes, GuestAddress};
 
@@ -67,19 +67,23 @@ fn parse(image: &[u8]) -> Option<Parsed<'_>> {
     (MSTRAP_START..LOADER_START).contains(&entry).then_some((entry, segments))
 }
 
-/// Writes the GDT and an identity map of all RAM and of the low 4 GiB, in pages of 2 MiB.
-pub fn write_tables(memory: &View, mem_bytes: u64) -> Result<(), Fault> {
-    let end = RAM_HIGH_START + mem_bytes.saturating_sub(RAM_LOW_END);
+/// Writes the GDT and an identity map of the low 4 GiB, all RAM and the disk, in pages of 2 MiB.
+pub fn write_tables(memory: &View, space: &Space) -> Result<(), Fault> {
     let pointers = PAGE_TABLE_START + 0x1000;
     let first = pointers + 0x1000;
-    let gib_count = end.div_ceil(GIB);
-    assert!(first + gib_count * 0x1000 <= BOOT_START + BOOT_TABLES_SIZE && gib_count <= 512);
+    let low = (0, RAM_HIGH_START);
+    let [_, high, disk] = space.pieces();
+    let gibs = [low, high, disk].into_iter().flat_map(|(start, size)| {
+        let first = start / GIB;
+        first..first + size.div_ceil(GIB)
+    });
     for (index, descriptor) in GDT.iter().enumerate() {
         write(memory, GDT_START + 8 * index as u64, *descriptor)?;
     }
     write(memory, PAGE_TABLE_START, pointers | TABLE)?;
-    for gib in 0..gib_count {
-        let directory = first + gib * 0x1000;
+    for (index, gib) in gibs.enumerate() {
+        let directory = first + index as u64 * 0x1000;
+        assert!(directory + 0x1000 <= BOOT_START + BOOT_TABLES_SIZE && gib < 512);
         write(memory, pointers + 8 * gib, directory | TABLE)?;
         let pages: Vec<u8> = (0..512u64)
             .flat_map(|page| ((gib * GIB + (page << 21)) | HUGE).to_le_bytes())
@@ -97,6 +101,7 @@ fn write(memory: &View, address: u64, value: u64) -> Result<(), Fault> {
 mod tests {
     use super::*;
     use crate::memory::Memory;
+    use onde_wire::machine::DISK_START;
 
     /// A one-segment ELF file: `address`, 4 bytes of code.
     fn elf(address: u64, entry: u64, mem_size: u64) -> Vec<u8> {
@@ -118,7 +123,7 @@ mod tests {
     }
 
     fn check(image: &[u8], expect: Option<u64>) {
-        let memory = Memory::new(64 << 20).unwrap();
+        let memory = Memory::new(&Space::of_mib(64, 0), None).unwrap();
         assert_eq!(load(image, &memory.ram_and_boot).ok(), expect);
     }
 
@@ -135,11 +140,13 @@ mod tests {
     }
 
     #[test]
-    fn tables_map_all_ram_onto_itself() {
-        let memory = Memory::new(5 << 30).unwrap();
-        write_tables(&memory.ram_and_boot, 5 << 30).unwrap();
+    fn tables_map_all_ram_and_disk_onto_itself() {
+        let memory = Memory::new(&Space::of_mib(5 << 10, 0), None).unwrap();
+        write_tables(&memory.ram_and_boot, &Space::of_mib(5 << 10, 2 << 10)).unwrap();
         let read = |at: u64| -> u64 { memory.ram_and_boot.read_obj(GuestAddress(at)).unwrap() };
-        for address in [0, 0xC010_0000, 0x1_0000_0000, 0x1_7FE0_0000u64] {
+        for address in
+            [0, 0xC010_0000, 0x1_0000_0000, 0x1_7FE0_0000u64, DISK_START, DISK_START + (1 << 30)]
+        {
             let pointers = read(PAGE_TABLE_START) & !0xFFF;
             let directory = read(pointers + 8 * (address >> 30)) & !0xFFF;
             let page = read(directory + 8 * ((address >> 21) & 511));

@@ -36,8 +36,9 @@ const COMMON: &[libc::c_long] = &[
     libc::SYS_exit_group,
 ];
 
-/// Of vCPU threads: taking back the kick signal. They serve no queue.
-const VCPU: &[libc::c_long] = &[libc::SYS_rt_sigtimedwait, libc::SYS_rt_sigpending];
+/// Of vCPU threads: taking back the kick signal, finding what is on the disk. They serve no queue.
+const VCPU: &[libc::c_long] =
+    &[libc::SYS_rt_sigtimedwait, libc::SYS_rt_sigpending, libc::SYS_lseek];
 
 /// Of the I/O thread: events, frames, the disk, randomness for the guest.
 const IO: &[libc::c_long] = &[

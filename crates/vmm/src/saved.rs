@@ -50,7 +50,7 @@ struct Writer<'a> {
 pub fn write(file: &File, start: &Start, ram: &View, state: &[u8]) -> io::Result<u64> {
     let mut out = Writer { file, at: 0, sender: Sender::default() };
     out.record(Kind::Start, 0, 0, &start.emit())?;
-    for run in runs(ram, GAP_MIN.max(start.mem_bytes / GAPS_MAX))? {
+    for run in runs(ram, GAP_MIN.max(start.space.mem_bytes / GAPS_MAX))? {
         match run.is_zero {
             true => out.record(Kind::Zero, run.address, run.size, &[])?,
             false => out.memory(ram, run)?,
@@ -220,7 +220,7 @@ pub fn find(file: &File, shape: &Shape) -> Result<Template, Fault> {
     let length = file.metadata().fault(Part::Saved, "read the file's size")?.len();
     let start: [u8; START_SIZE] = read_at(file, HEAD_SIZE as u64)?;
     let job = Start::parse(&start).map_err(flaw)?.job;
-    let expect = Start { job, mem_bytes: shape.mem_bytes, vcpus: shape.vcpus };
+    let expect = Start { job, space: shape.space, vcpus: shape.vcpus };
     let (mut checker, mut pieces, mut at) = (Checker::of_file(expect), Vec::new(), 0);
     loop {
         let head = checker.head(&read_at(file, at)?).map_err(flaw)?;
@@ -255,6 +255,7 @@ fn flaw(error: StreamError) -> Fault {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use onde_wire::machine::Space;
 
     const MEM: u64 = 64 << 20;
 
@@ -263,7 +264,7 @@ mod tests {
     }
 
     fn start() -> Start {
-        Start { job: [7; 16], mem_bytes: MEM, vcpus: 1 }
+        Start { job: [7; 16], space: Space { mem_bytes: MEM, disk_bytes: 0 }, vcpus: 1 }
     }
 
     fn file() -> File {
@@ -318,7 +319,7 @@ mod tests {
     #[test]
     fn a_clone_finds_what_is_not_zero() {
         let (file, _) = saved();
-        let shape = Shape { mem_bytes: MEM, vcpus: 1, has_disk: false };
+        let shape = Shape { space: start().space, vcpus: 1 };
         let template = find(&file, &shape).unwrap();
         assert_eq!(template.state, b"the state");
         let pages = template.pieces.iter().map(|piece| {

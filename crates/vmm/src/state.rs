@@ -13,7 +13,7 @@ use vm_superio::SerialState;
 use crate::machine::Shape;
 
 /// Version of all that is in the fields. Each change of any of them, or of the devices, counts it up.
-const LAYOUT_VERSION: u32 = 1;
+const LAYOUT_VERSION: u32 = 2;
 /// Bytes before the first field.
 pub const HEAD_SIZE: usize = 16;
 
@@ -104,9 +104,9 @@ pub fn size(head: &[u8]) -> Option<usize> {
 
 fn emit_shape(shape: &Shape) -> Vec<u8> {
     let mut out = LAYOUT_VERSION.to_le_bytes().to_vec();
-    out.extend(shape.mem_bytes.to_le_bytes());
+    out.extend(shape.space.mem_bytes.to_le_bytes());
+    out.extend(shape.space.disk_bytes.to_le_bytes());
     out.extend(shape.vcpus.to_le_bytes());
-    out.push(shape.has_disk.into());
     out
 }
 
@@ -162,8 +162,9 @@ pub fn parse_serial(bytes: &[u8]) -> Option<SerialState> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use onde_wire::machine::Space;
 
-    const SHAPE: Shape = Shape { mem_bytes: 128 << 20, vcpus: 2, has_disk: false };
+    const SHAPE: Shape = Shape { space: Space { mem_bytes: 128 << 20, disk_bytes: 0 }, vcpus: 2 };
 
     fn example() -> State {
         State {
@@ -202,8 +203,8 @@ mod tests {
     fn another_machines_state_is_refused() {
         let bytes = example().emit();
         check(&bytes, &Shape { vcpus: 1, ..SHAPE }, &[9; 40], None);
-        check(&bytes, &Shape { mem_bytes: 64 << 20, ..SHAPE }, &[9; 40], None);
-        check(&bytes, &Shape { has_disk: true, ..SHAPE }, &[9; 40], None);
+        check(&bytes, &Shape { space: Space::of_mib(64, 0), ..SHAPE }, &[9; 40], None);
+        check(&bytes, &Shape { space: Space::of_mib(128, 1), ..SHAPE }, &[9; 40], None);
         check(&bytes, &SHAPE, &[8; 40], None);
         // Magic, version, tag of the shape, version of the layout.
         for at in [0, 8, 16, 24] {

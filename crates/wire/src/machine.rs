@@ -17,6 +17,11 @@ pub const RAM_HIGH_START: u64 = 0x1_0000_0000;
 pub const MEM_MIB_MIN: u32 = 64;
 /// Most memory of a VM: what the identity map in BOOT has room for.
 pub const MEM_MIB_MAX: u32 = 64 * 1024;
+/// The disk's bytes, where the token bought a disk: what virtio-blk serves, seen as memory, so that a disk travels as
+/// memory does. What is never written there takes no room.
+pub const DISK_START: u64 = 0x18_0000_0000;
+/// Most disk of a VM: what lies between [`DISK_START`] and the end of what MIRROR shows.
+pub const DISK_MIB_MAX: u32 = 32 * 1024;
 /// Most vCPUs of a VM: one MADT of one page, one xAPIC id of 8 bits.
 pub const VCPUS_MAX: u16 = 64;
 
@@ -37,10 +42,9 @@ pub const LOADER_SIZE_MAX: u32 = 1 << 20;
 pub const CONTROL_START: u64 = 0xD000_0000;
 /// Info page: one read-only page of memory shared with `noded`, no exits.
 pub const INFO_START: u64 = 0xD000_1000;
-/// BITMAP window, read only: one bit a page of RAM, in the order of the pages (low RAM, then high),
-/// as little-endian u64 words; what HARVEST found.
+/// BITMAP window, read only: one bit a page, in the order of [`Space`], as little-endian u64 words; what HARVEST found.
 pub const BITMAP_START: u64 = 0xC0_0000_0000;
-/// MIRROR window: all RAM once more, read only; RAM address a is at `MIRROR_START + a`. Root in the guest can map
+/// MIRROR window: RAM and disk once more, read only; address a is at `MIRROR_START + a`. Root in the guest can map
 /// this through `/dev/mem`, which hides RAM itself.
 pub const MIRROR_START: u64 = 0x80_0000_0000;
 /// FROZEN window, read only: what FREEZE saved, see [`Frozen`].
@@ -88,7 +92,8 @@ pub mod control {
     /// u32, write: milliseconds (at most 1000); returns when the network device has
     /// something for the guest or the time is over. For bare-metal waits without interrupts.
     pub const REG_IDLE: u64 = 0x028;
-    /// u32, write: 1 starts to note which pages of RAM are written, 0 ends it. At the start none is noted.
+    /// u32, write: 1 starts to note which pages are written, 0 ends it. At the start no page of RAM is noted, and of the
+    /// disk those which were ever written.
     pub const REG_TRACK: u64 = 0x030;
     /// u32, write (any value): the pages written since TRACK or the last HARVEST go to the BITMAP window.
     pub const REG_HARVEST: u64 = 0x034;
@@ -225,6 +230,80 @@ impl Stage {
     }
 }
 
+/// What a machine has of the guest-physical addresses: low RAM, high RAM, disk. Its pages are counted in this order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Space {
+    /// Bytes of RAM, whole MiB.
+    pub mem_bytes: u64,
+    /// Bytes of disk, whole MiB; 0 for none.
+    pub disk_bytes: u64,
+}
+
+impl Space {
+    /// The addresses of so many MiB.
+    pub fn of_mib(mem_mib: u32, disk_mib: u32) -> Self {
+        Self { mem_bytes: u64::from(mem_mib) << 20, disk_bytes: u64::from(disk_mib) << 20 }
+    }
+
+    /// Start and size of the pieces of RAM; the second may be empty.
+    pub fn ram(&self) -> [(u64, u64); 2] {
+        let low = self.mem_bytes.min(RAM_LOW_END);
+        [(0, low), (RAM_HIGH_START, self.mem_bytes - low)]
+    }
+
+    /// Start and size of all pieces; some may be empty.
+    pub fn pieces(&self) -> [(u64, u64); 3] {
+        let [low, high] = self.ram();
+        [low, high, (DISK_START, self.disk_bytes)]
+    }
+
+    /// Whether `[address, address + size)` lies in one of them.
+    pub fn holds(&self, address: u64, size: u64) -> bool {
+        self.pieces().into_iter().any(|(start, all)| {
+            let at = address.checked_sub(start);
+            at.and_then(|at| at.checked_add(size)).is_some_and(|end| end <= all)
+        })
+    }
+
+    /// Number of pages of RAM, which are counted first.
+    pub fn ram_pages(&self) -> u64 {
+        self.mem_bytes / PAGE_SIZE
+    }
+
+    /// Number of pages.
+    pub fn pages(&self) -> u64 {
+        self.ram_pages() + self.disk_bytes / PAGE_SIZE
+    }
+
+    /// Address of a page by its number.
+    pub fn address(&self, page: u64) -> u64 {
+        let mut at = page * PAGE_SIZE;
+        for (start, size) in self.ram() {
+            if at < size {
+                return start + at;
+            }
+            at -= size;
+        }
+        DISK_START + at
+    }
+
+    /// Number of the page at an address.
+    pub fn page(&self, address: u64) -> u64 {
+        let [(_, low), (high_start, _)] = self.ram();
+        let at = match address {
+            DISK_START.. => address - DISK_START + self.mem_bytes,
+            _ if address >= high_start => address - high_start + low,
+            _ => address,
+        };
+        at / PAGE_SIZE
+    }
+
+    /// Bytes of the BITMAP window.
+    pub fn bitmap_size(&self) -> u64 {
+        self.pages().div_ceil(64) * 8
+    }
+}
+
 /// The meter, as `noded` publishes it in the info page at least once a second.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Meter {
@@ -253,8 +332,8 @@ pub struct Identity {
     pub loader_sha256: [u8; 32],
     /// Fresh random bytes, for sequence numbers and nonces of bare-metal programs.
     pub seed: [u8; 32],
-    /// Bytes of RAM.
-    pub mem_bytes: u64,
+    /// RAM and disk.
+    pub space: Space,
     /// Number of vCPUs.
     pub vcpus: u32,
     /// Frequency of the guest's time stamp counter; `vmm` writes it.
@@ -311,7 +390,7 @@ impl Identity {
         w.put(&self.job_key);
         w.put(&self.loader_sha256);
         w.put(&self.seed);
-        w.put(&self.mem_bytes.to_le_bytes());
+        w.put(&self.space.mem_bytes.to_le_bytes());
         w.put(&self.vcpus.to_le_bytes());
         w.put(&self.tsc_khz.to_le_bytes());
         w.put(&self.boot_mac);
@@ -320,6 +399,7 @@ impl Identity {
         w.put(&self.ipv4);
         w.put(&self.gateway);
         w.put(&[self.prefix_len]);
+        w.put(&self.space.disk_bytes.to_le_bytes());
         page
     }
 
@@ -332,13 +412,13 @@ impl Identity {
             return None;
         }
         let mut r = Reader::new(&page[INFO_IDENTITY..INFO_SIZE]);
-        Some(Self {
+        let mut identity = Self {
             job: r.array()?,
             node: r.array()?,
             job_key: r.array()?,
             loader_sha256: r.array()?,
             seed: r.array()?,
-            mem_bytes: r.u64()?,
+            space: Space { mem_bytes: r.u64()?, disk_bytes: 0 },
             vcpus: r.u32()?,
             tsc_khz: r.u32()?,
             boot_mac: r.array()?,
@@ -347,7 +427,9 @@ impl Identity {
             ipv4: r.array()?,
             gateway: r.array()?,
             prefix_len: r.u8()?,
-        })
+        };
+        identity.space.disk_bytes = r.u64()?;
+        Some(identity)
     }
 }
 

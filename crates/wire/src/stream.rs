@@ -7,11 +7,11 @@
 //!  file    START  (PAD RAW | ZERO)*    MACHINE  END
 //! ```
 //! START says for what machine, END carries the SHA-256 of all bytes before it. [`Checker`] is the
-//! receiver's judge: it accepts records in this order only, and memory only where the machine has RAM. In a file that a
+//! receiver's judge: it accepts records in this order only, and memory only where the machine has RAM or disk. In a file that a
 //! VMM writes and others map, RAW may be of any size, and what PAD holds puts its payload at the start of a page.
 
 use crate::bytes::{Reader, Writer};
-use crate::machine;
+use crate::machine::{self, Space};
 use crate::token::JobId;
 use sha2::{Digest, Sha256};
 
@@ -67,7 +67,7 @@ pub enum StreamError {
     Malformed = 1,
     /// A record where the order does not allow it.
     OutOfOrder = 2,
-    /// Memory outside the machine's RAM, or not in whole pages.
+    /// Memory outside the machine's RAM and disk, or not in whole pages.
     Address = 3,
     /// A payload larger than its kind allows.
     TooLarge = 4,
@@ -117,8 +117,8 @@ impl Head {
 pub struct Start {
     /// The job whose machine this becomes.
     pub job: JobId,
-    /// Bytes of RAM.
-    pub mem_bytes: u64,
+    /// RAM and disk.
+    pub space: Space,
     /// Number of vCPUs.
     pub vcpus: u32,
 }
@@ -131,8 +131,9 @@ impl Start {
         w.put(&START_MAGIC);
         w.put(&VERSION.to_le_bytes());
         w.put(&self.vcpus.to_le_bytes());
-        w.put(&self.mem_bytes.to_le_bytes());
+        w.put(&self.space.mem_bytes.to_le_bytes());
         w.put(&self.job);
+        w.put(&self.space.disk_bytes.to_le_bytes());
         out
     }
 
@@ -145,18 +146,10 @@ impl Start {
         if r.u32() != Some(VERSION) {
             return Err(StreamError::Version);
         }
-        let fields = || Some((r.u32()?, r.u64()?, r.array()?));
-        let (vcpus, mem_bytes, job) = { fields }().ok_or(StreamError::Malformed)?;
-        Ok(Self { job, mem_bytes, vcpus })
+        let fields = || Some((r.u32()?, r.u64()?, r.array()?, r.u64()?));
+        let (vcpus, mem_bytes, job, disk_bytes) = { fields }().ok_or(StreamError::Malformed)?;
+        Ok(Self { job, space: Space { mem_bytes, disk_bytes }, vcpus })
     }
-}
-
-/// Whether `[address, address + size)` lies in the RAM of a machine of `mem_bytes`.
-pub fn in_ram(mem_bytes: u64, address: u64, size: u64) -> bool {
-    let Some(end) = address.checked_add(size) else { return false };
-    let low_end = mem_bytes.min(machine::RAM_LOW_END);
-    let high_end = machine::RAM_HIGH_START + (mem_bytes - low_end);
-    end <= low_end || (address >= machine::RAM_HIGH_START && end <= high_end)
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -218,7 +211,7 @@ impl Checker {
         let pages = head.address.is_multiple_of(machine::PAGE_SIZE)
             && head.mem_size.is_multiple_of(machine::PAGE_SIZE)
             && head.mem_size > 0;
-        if !pages || !in_ram(self.expect.mem_bytes, head.address, head.mem_size) {
+        if !pages || !self.expect.space.holds(head.address, head.mem_size) {
             return Err(StreamError::Address);
         }
         let fits = match head.kind {

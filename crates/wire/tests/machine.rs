@@ -15,7 +15,7 @@ fn identity() -> Identity {
         job_key: [0x11; 32],
         loader_sha256: [5; 32],
         seed: [0x22; 32],
-        mem_bytes: 256 << 20,
+        space: Space::of_mib(256, 9),
         vcpus: 2,
         tsc_khz: 2_500_000,
         boot_mac: [2, 0x4f, 198, 18, 1, 2],
@@ -174,4 +174,34 @@ fn reports_come_back_as_they_were() {
     }
     assert_eq!(Report::parse(&[0; 5]), None);
     assert_eq!(Report::parse(&[7, 0, 0, 0, 0]), None);
+}
+
+#[test]
+fn pages_are_counted_through_ram_and_disk() {
+    let space = Space::of_mib(3074, 3);
+    let mib = |count: u64| (count << 20) / PAGE_SIZE;
+    for (page, address) in [
+        (0, 0),
+        (mib(3072) - 1, RAM_LOW_END - PAGE_SIZE),
+        (mib(3072), RAM_HIGH_START),
+        (mib(3074) - 1, RAM_HIGH_START + (2 << 20) - PAGE_SIZE),
+        (mib(3074), DISK_START),
+        (mib(3077) - 1, DISK_START + (3 << 20) - PAGE_SIZE),
+    ] {
+        assert_eq!((space.address(page), space.page(address)), (address, page));
+        assert!(space.holds(address, PAGE_SIZE));
+    }
+    assert_eq!((space.pages(), space.bitmap_size()), (mib(3077), mib(3077) / 8));
+    for (address, size) in [
+        (RAM_LOW_END, 1),
+        (RAM_LOW_END - 1, 2),
+        (RAM_HIGH_START + (2 << 20), 1),
+        (DISK_START - 1, 1),
+        (DISK_START + (3 << 20) - 1, 2),
+        (DISK_START, u64::MAX),
+        (u64::MAX, 1),
+    ] {
+        assert!(!space.holds(address, size), "{address:#x} {size}");
+    }
+    assert!(!Space::of_mib(64, 0).holds(DISK_START, 1));
 }

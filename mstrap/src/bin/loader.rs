@@ -52,7 +52,7 @@ fn load(services: &Services) -> Result<(), Failed> {
         chunk: CHUNK.take(),
         state: &mut *state,
     }
-    .run(Start { job: identity.job, mem_bytes: identity.mem_bytes, vcpus: identity.vcpus })?;
+    .run(Start { job: identity.job, space: identity.space, vcpus: identity.vcpus })?;
 
     let Restored { state_size, stream_bytes } = restored;
     let ms = clock.now().total_millis();

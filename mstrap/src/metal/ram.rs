@@ -1,4 +1,4 @@
-//! The VM's RAM, one to one at its physical addresses, as the loader fills it.
+//! The VM's RAM and disk, one to one at their physical addresses, as the loader fills them.
 
 use crate::restore::Memory;
 use core::arch::asm;
@@ -38,7 +38,7 @@ impl Memory for Ram {
             copy(0, &self.bounce[..size]);
             return result;
         }
-        // SAFETY: the stream's judge let only RAM through, which is ours alone, and address zero is excluded.
+        // SAFETY: the stream's judge let only RAM and disk through, which is ours alone, and address zero is excluded.
         fill(unsafe { core::slice::from_raw_parts_mut(address as *mut u8, size) })
     }
 

@@ -1,12 +1,13 @@
 //! Streams into a machine of vectors: right ones, and every way to be wrong.
 
 use super::*;
-use onde_wire::machine::STATE_SIZE_MAX;
+use onde_wire::machine::{STATE_SIZE_MAX, Space};
 use onde_wire::stream::Sender;
 
 const MIB: usize = 1 << 20;
 const PAGE: u64 = 4096;
-const START: Start = Start { job: [7; 16], mem_bytes: 64 << 20, vcpus: 2 };
+const START: Start =
+    Start { job: [7; 16], space: Space { mem_bytes: 64 << 20, disk_bytes: 0 }, vcpus: 2 };
 
 struct Bytes<'a>(&'a [u8]);
 

@@ -7,6 +7,7 @@ use onde_wire::channel::{
     CLIENT_HELLO_SIZE, Cipher, SERVER_HELLO_SIZE, client_finish, client_hello,
 };
 use onde_wire::key::sha256;
+use onde_wire::machine::Space;
 
 const JOB: [u8; 16] = [7; 16];
 const JOB_KEY: [u8; 32] = [9; 32];
@@ -19,7 +20,7 @@ fn identity() -> Identity {
         job_key: JOB_KEY,
         loader_sha256: sha256(b"the loader"),
         seed: [5; 32],
-        mem_bytes: 64 << 20,
+        space: Space::of_mib(64, 0),
         vcpus: 1,
         tsc_khz: 1,
         boot_mac: [2; 6],

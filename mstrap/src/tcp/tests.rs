@@ -9,6 +9,7 @@ use onde_wire::channel::{
     self, Cipher, RECORD_HEAD, RECORD_TAG, RECORD_WIRE_MAX, SERVER_HELLO_SIZE, client_finish,
 };
 use onde_wire::key::{Key, sha256};
+use onde_wire::machine::Space;
 use smoltcp::iface::SocketStorage;
 use smoltcp::phy::{self, DeviceCapabilities, Medium};
 use smoltcp::wire::IpAddress;
@@ -26,7 +27,7 @@ fn identity() -> Identity {
         job_key: [9; 32],
         loader_sha256: sha256(&image()),
         seed: [5; 32],
-        mem_bytes: 64 << 20,
+        space: Space::of_mib(64, 0),
         vcpus: 1,
         tsc_khz: 1,
         boot_mac: [2, 0, 0, 0, 0, 1],

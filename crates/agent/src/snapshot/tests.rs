@@ -4,13 +4,14 @@
 use super::*;
 use onde_client::stream::StreamWriter;
 use onde_wire::machine::control::ROLE_SOURCE;
-use onde_wire::machine::{COLD_SIZE, Identity};
+use onde_wire::machine::{COLD_SIZE, Identity, RAM_LOW_END, Space};
 use onde_wire::stream::{Checker, HEAD_SIZE, Kind};
 use std::collections::BTreeSet;
 use std::io::Write;
 
 pub const PAGES: u64 = 600;
-pub const START: Start = Start { job: [1; 16], mem_bytes: PAGES * PAGE_SIZE, vcpus: 1 };
+pub const START: Start =
+    Start { job: [1; 16], space: Space { mem_bytes: PAGES * PAGE_SIZE, disk_bytes: 0 }, vcpus: 1 };
 pub const STATE: [u8; COLD_SIZE] = [0xA5; COLD_SIZE];
 
 /// How a machine behaves.
@@ -54,7 +55,7 @@ impl Fake {
     fn new(habits: Habits) -> Self {
         let mut fake = Self {
             habits,
-            memory: vec![0; START.mem_bytes as usize],
+            memory: vec![0; START.space.mem_bytes as usize],
             free: vec![false; PAGES as usize],
             dirty: BTreeSet::new(),
             bitmap: vec![0; PAGES.div_ceil(64) as usize * 8],
@@ -253,7 +254,7 @@ pub fn copy<M: Machine>(fake: &mut M, kept: &mut Kept) -> Result<Outcome, Failed
 /// The memory and the state that a loader makes of a stream.
 pub fn restore(mut stream: &[u8]) -> (Vec<u8>, Vec<u8>) {
     let (mut checker, mut state) = (Checker::new(START), Vec::new());
-    let mut memory = vec![0; START.mem_bytes as usize];
+    let mut memory = vec![0; START.space.mem_bytes as usize];
     while !checker.is_done() {
         let (bytes, behind) = stream.split_first_chunk::<HEAD_SIZE>().unwrap();
         let head = checker.head(bytes).unwrap();
@@ -335,10 +336,11 @@ fn the_copy_knows_itself_by_its_job() {
 }
 
 #[test]
-fn runs_are_no_longer_than_a_record_and_end_at_the_hole() {
-    let hole = RAM_LOW_END / PAGE_SIZE;
-    let pages = (0..40).chain([50]).chain(hole - 1..hole + 1);
-    let expect = [0..32, 32..40, 50..51, hole - 1..hole, hole..hole + 1];
-    assert_eq!(runs(pages).collect::<Vec<_>>(), expect);
-    assert_eq!((address(hole - 1), address(hole)), (RAM_LOW_END - PAGE_SIZE, RAM_HIGH_START));
+fn runs_are_no_longer_than_a_record_and_of_one_piece() {
+    let space = Space::of_mib(3073, 1);
+    let (hole, disk) = (RAM_LOW_END / PAGE_SIZE, space.ram_pages());
+    let pages = (0..40).chain([50]).chain(hole - 1..hole + 1).chain(disk - 1..disk + 2);
+    let expect =
+        [0..32, 32..40, 50..51, hole - 1..hole, hole..hole + 1, disk - 1..disk, disk..disk + 2];
+    assert_eq!(runs(space, pages).collect::<Vec<_>>(), expect);
 }

@@ -2,10 +2,12 @@
 
 use super::*;
 use onde_wire::key::Key;
+use onde_wire::machine::Space;
 use std::net::TcpListener;
 use std::sync::atomic::{AtomicU32, Ordering};
 
-const START: Start = Start { job: [3; 16], mem_bytes: 64 << 20, vcpus: 2 };
+const START: Start =
+    Start { job: [3; 16], space: Space { mem_bytes: 64 << 20, disk_bytes: 0 }, vcpus: 2 };
 
 /// A stream with one record of each kind.
 fn stream() -> Vec<u8> {

@@ -7,6 +7,7 @@
 
 mod capture;
 mod descent;
+mod disk;
 mod failures;
 mod forks;
 mod migrations;
@@ -25,7 +26,7 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 36] = [
+const CASES: [Case; 37] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
@@ -43,6 +44,7 @@ const CASES: [Case; 36] = [
     ("move_into_a_stopped_vm_leaves_it_where_it_was", migrations::target_stopped),
     ("move_with_failing_nodes_leaves_one_vm", migrations::nodes_fail),
     ("vm_moves_by_itself_and_when_its_node_is_drained", migrations::by_itself_and_drained),
+    ("disk_goes_along", disk::goes_along),
     ("node_is_as_before", programs::node_is_as_before),
     ("wrong_boot_token_is_not_answered", tokens::wrong),
     ("boot_token_of_another_node_is_not_answered", tokens::other_node),

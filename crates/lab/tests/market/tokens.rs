@@ -13,6 +13,7 @@ use onde_client::node::NodeError;
 use onde_lab::kernel::KernelCache;
 use onde_wire::bootstrap::upload_head;
 use onde_wire::channel::PORT;
+use onde_wire::machine::Space;
 use onde_wire::packet::{Op, Request, Status};
 use onde_wire::stream::Start;
 use onde_wire::token::{BootToken, PaymentToken};
@@ -110,7 +111,7 @@ fn layout() -> Result<Layout> {
 }
 
 fn start(forged: &Forged) -> Start {
-    Start { job: forged.handle.job, mem_bytes: u64::from(MEM_MIB) << 20, vcpus: 1 }
+    Start { job: forged.handle.job, space: Space::of_mib(MEM_MIB, 0), vcpus: 1 }
 }
 
 pub fn other_loader(world: &World) -> Result<()> {

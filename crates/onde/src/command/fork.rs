@@ -221,7 +221,7 @@ impl Family {
             node: self.node(till.number).map(NodeChoice::Number),
             mem_mib: self.source.mem_mib,
             vcpus: self.source.vcpus,
-            disk_mib: 0,
+            disk_mib: self.source.disk_mib,
             net_kib_s: 0,
             loader_sha256: Hex(self.loader_sha256),
             tokens,

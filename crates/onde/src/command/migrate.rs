@@ -178,7 +178,7 @@ fn buy_for(
         node: Some(NodeChoice::Number(node)),
         mem_mib: old.mem_mib,
         vcpus: old.vcpus,
-        disk_mib: 0,
+        disk_mib: old.disk_mib,
         net_kib_s: 0,
         loader_sha256: Hex(sha256(&loader()?)),
         tokens: first,

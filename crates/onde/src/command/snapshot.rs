@@ -3,6 +3,7 @@
 use anyhow::{Context, Result};
 use onde_client::bootstrap;
 use onde_client::snapshot::{Event, Snapshot, aside, take};
+use onde_wire::machine::Space;
 use onde_wire::session::Round;
 use onde_wire::stream::Start;
 use serde::Serialize;
@@ -38,8 +39,11 @@ pub fn run(name: &str, file: &Path, json: bool, report: &Report) -> Result<()> {
     let begun = Instant::now();
     let channel = bootstrap::connect(&job.handle(), job.guest_ipv4, PATIENCE)
         .with_context(|| format!("the agent of job {} does not answer", job.short_id()))?;
-    let start =
-        Start { job: job.id.0, mem_bytes: u64::from(job.mem_mib) << 20, vcpus: job.vcpus.into() };
+    let start = Start {
+        job: job.id.0,
+        space: Space::of_mib(job.mem_mib, job.disk_mib),
+        vcpus: job.vcpus.into(),
+    };
     let (mut round, spinner) = (Round { number: 0, pages: 0 }, report.spinner());
     let taken = take(channel, start, file, |event| match event {
         Event::Round(begins) => round = begins,

@@ -1,7 +1,7 @@
 //! `onde boot --from` and `--clone`: new VMs of a snapshot's file, or of a template on its node. The whole file is judged
 //! before anything is bought. Several VMs are made by template start: one upload, then clones.
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use onde_client::snapshot::SnapshotFile;
 use std::path::Path;
 use std::process::ExitCode;
@@ -25,13 +25,20 @@ pub fn run(context: Option<&str>, file: &Path, boot: &Boot, report: &Report) -> 
     let saved = SnapshotFile::open(file)?;
     let cluster = Arc::new(Cluster::open(context)?);
     let start = saved.start();
+    let mib = |bytes: u64| u32::try_from(bytes >> 20).context("the snapshot is too large");
     let order = Order {
-        memory: u32::try_from(start.mem_bytes >> 20).context("the snapshot is too large")?,
+        memory: mib(start.space.mem_bytes)?,
+        disk: mib(start.space.disk_bytes)?,
         vcpus: u16::try_from(start.vcpus).context("the snapshot has too many processors")?,
         ..boot.order.clone()
     };
-    let interrupt = Interrupt::watch()?;
     let is_template = boot.template || boot.count > 1;
+    if is_template && order.disk > 0 {
+        bail!(
+            "a VM with a disk cannot be a template: clones share memory only\nhint: boot it several times"
+        );
+    }
+    let interrupt = Interrupt::watch()?;
     let machine = Machine {
         content: Content::Saved(&saved),
         title: format!("from {}", file.display()),

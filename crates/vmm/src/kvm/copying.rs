@@ -1,11 +1,12 @@
 //! What of a virtual machine FREEZE saves beside its vCPUs, and the log of the pages that its guest writes.
 
 use kvm_bindings::{KVM_IRQCHIP_IOAPIC, KVM_MEM_LOG_DIRTY_PAGES, kvm_clock_data, kvm_irqchip};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+use onde_wire::machine::{DISK_START, RAM_HIGH_START};
+use vm_memory::GuestMemoryRegion;
 
-use super::{SLOT_RAM, Vm, plain};
+use super::{SLOT_DISK, SLOT_RAM, Vm, plain};
 use crate::fault::{Context, Fault, Part};
-use crate::memory::View;
+use crate::memory::Region;
 
 /// The CPUID leaves that tell which instructions there are: a copy must find all of them the same.
 const FEATURE_LEAVES: [u32; 6] = [0, 1, 7, 0xD, 0x8000_0001, 0x4000_0001];
@@ -30,21 +31,27 @@ impl VmState {
     }
 }
 
+/// The slot of RAM or a disk.
+fn slot_of(start: u64) -> u32 {
+    match start {
+        DISK_START => SLOT_DISK,
+        RAM_HIGH_START => SLOT_RAM + 1,
+        _ => SLOT_RAM,
+    }
+}
+
 impl Vm {
-    /// Starts or ends noting which pages the guest writes; at the start there are none.
-    pub fn log_writes(&self, ram: &View, on: bool) -> Result<(), Fault> {
+    /// Starts or ends noting which pages of a region the guest writes; at the start there are none.
+    pub fn log_writes(&self, region: &Region, on: bool) -> Result<(), Fault> {
         let flags = if on { KVM_MEM_LOG_DIRTY_PAGES } else { 0 };
-        for (slot, region) in (SLOT_RAM..).zip(ram.iter()) {
-            self.set_slot(slot, region.start_addr().0, region, flags)
-                .fault(Part::Kvm, "log writes")?;
-        }
-        Ok(())
+        let start = region.start_addr().0;
+        self.set_slot(slot_of(start), start, region, flags).fault(Part::Kvm, "log writes")
     }
 
-    /// The pages that the guest wrote in RAM region `index` since the last call, one bit each.
-    pub fn take_log(&self, index: usize, size: u64) -> Result<Vec<u64>, Fault> {
-        let slot = SLOT_RAM + index as u32;
-        self.fd.get_dirty_log(slot, size as usize).fault(Part::Kvm, "read the log of writes")
+    /// The pages of a region that the guest wrote since the last call, one bit each.
+    pub fn take_log(&self, region: &Region) -> Result<Vec<u64>, Fault> {
+        let (slot, size) = (slot_of(region.start_addr().0), region.len() as usize);
+        self.fd.get_dirty_log(slot, size).fault(Part::Kvm, "read the log of writes")
     }
 
     /// The CPU features that matter to a guest which goes on here.

@@ -19,14 +19,16 @@ use kvm_bindings::{
     kvm_irq_routing_irqchip, kvm_irqchip, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
-use onde_wire::machine::{BITMAP_START, BOOT_START, FROZEN_START, INFO_START, MIRROR_START};
+use onde_wire::machine::{
+    BITMAP_START, BOOT_START, DISK_START, FROZEN_START, INFO_START, MIRROR_START,
+};
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegion;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::fault::{Context, Fault, Part};
-use crate::memory::View;
+use crate::memory::{Disk, View};
 
 /// Memory slots by number. Those of RAM and of its mirror are in address order, two at most.
 const SLOT_RAM: u32 = 0;
@@ -35,6 +37,8 @@ const SLOT_INFO: u32 = 3;
 const SLOT_MIRROR: u32 = 4;
 const SLOT_BITMAP: u32 = 6;
 const SLOT_FROZEN: u32 = 7;
+const SLOT_DISK: u32 = 8;
+const SLOT_DISK_MIRROR: u32 = 9;
 
 /// Pages that Intel hosts without "unrestricted guest" need: below the local APICs, in the hole.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
@@ -67,6 +71,7 @@ impl Vm {
     pub fn new(
         kvm: OwnedFd,
         view: &View,
+        disk: Option<&Disk>,
         info: &MmapRegion,
         windows: &Windows<'_>,
     ) -> Result<Self, Fault> {
@@ -81,7 +86,7 @@ impl Vm {
         fd.set_tss_address(TSS_ADDRESS).fault(Part::Kvm, "set TSS address")?;
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).fault(Part::Kvm, "set identity map")?;
         let mut vm = Self { fd, cpuid, msrs, ioapic: kvm_irqchip::default() };
-        vm.set_slots(view, info, windows).fault(Part::Kvm, "set memory slots")?;
+        vm.set_slots(view, disk, info, windows).fault(Part::Kvm, "set memory slots")?;
         vm.fd.create_irq_chip().fault(Part::Kvm, "create interrupt controllers")?;
         vm.route_interrupts().fault(Part::Kvm, "route interrupts")?;
         vm.ioapic.chip_id = KVM_IRQCHIP_IOAPIC;
@@ -105,7 +110,13 @@ impl Vm {
         self.fd.set_gsi_routing(&routing).map_err(io::Error::from)
     }
 
-    fn set_slots(&self, view: &View, info: &MmapRegion, windows: &Windows) -> io::Result<()> {
+    fn set_slots(
+        &self,
+        view: &View,
+        disk: Option<&Disk>,
+        info: &MmapRegion,
+        windows: &Windows<'_>,
+    ) -> io::Result<()> {
         let mut ram = 0;
         for region in view.iter() {
             let start = region.start_addr().0;
@@ -118,6 +129,11 @@ impl Vm {
             ram += 1;
         }
         assert!(SLOT_RAM + ram <= SLOT_BOOT);
+        if let Some(Disk { region, .. }) = disk {
+            self.set_slot(SLOT_DISK, DISK_START, region, 0)?;
+            let mirror = MIRROR_START + DISK_START;
+            self.set_slot(SLOT_DISK_MIRROR, mirror, region, KVM_MEM_READONLY)?;
+        }
         self.set_slot(SLOT_INFO, INFO_START, info, KVM_MEM_READONLY)?;
         self.set_slot(SLOT_BITMAP, BITMAP_START, windows.bitmap, KVM_MEM_READONLY)?;
         self.set_slot(SLOT_FROZEN, FROZEN_START, windows.frozen, KVM_MEM_READONLY)

@@ -14,7 +14,7 @@ use crate::saved;
 
 impl Machine {
     fn start_record(&self) -> Start {
-        Start { job: self.job, mem_bytes: self.shape.mem_bytes, vcpus: self.shape.vcpus }
+        Start { job: self.job, space: self.shape.space, vcpus: self.shape.vcpus }
     }
 
     /// Saves the machine and ends it; the I/O thread calls this. False where it is being copied or resumed now: try again.
@@ -52,7 +52,7 @@ impl Machine {
         self.write_to_file(&self.save(role, vcpus)?.emit())
     }
 
-    /// Writes RAM and this state to the machine's file. Nothing runs in it.
+    /// Writes RAM and this state to the machine's file; its disk is in one of its own. Nothing runs in it.
     pub fn write_to_file(&self, state: &[u8]) -> Result<(), Fault> {
         let nowhere = || Fault::new(Part::Saved, "there is no file for it");
         let file = self.saved.as_ref().ok_or_else(nowhere)?;

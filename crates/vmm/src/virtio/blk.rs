@@ -1,16 +1,18 @@
-//! virtio-blk (virtio 1.2, 5.2) on one raw file. Requests are bounded by the file's size as it
-//! was at start; the file never grows. Work is done on the I/O thread, one request at a time.
+//! virtio-blk (virtio 1.2, 5.2) on one raw file. Requests are bounded by the disk's size as it
+//! was at start; the file never grows. What is written is noted, as writes to memory are. Work is done on the I/O
+//! thread, one request at a time.
 
-use std::fs::File;
 use std::io::{self, Read, Write};
 use std::os::unix::fs::FileExt;
+use std::sync::Arc;
 
 use virtio_queue::{DescriptorChain, Queue, Reader, Writer};
+use vm_memory::GuestMemoryRegion;
 use vm_memory::bitmap::{AtomicBitmap, BS};
 
 use super::ring::{self, Served};
 use super::{Broken, Device};
-use crate::memory::View;
+use crate::memory::{Disk, View};
 
 /// Guest memory whose writes are noted.
 type Noted<'a> = BS<'a, AtomicBitmap>;
@@ -41,16 +43,16 @@ const STATUS_UNSUPPORTED: u8 = 2;
 
 /// The disk.
 pub struct Blk {
-    file: File,
+    disk: Arc<Disk>,
     size: u64,
     chunk: Box<[u8]>,
 }
 
 impl Blk {
-    /// A disk of the file's size, rounded down to whole sectors.
-    pub fn new(file: File) -> io::Result<Self> {
-        let size = file.metadata()?.len() / SECTOR_SIZE * SECTOR_SIZE;
-        Ok(Self { file, size, chunk: vec![0; CHUNK_SIZE].into() })
+    /// A device with this disk, rounded down to whole sectors.
+    pub fn new(disk: Arc<Disk>) -> Self {
+        let size = disk.region.len() / SECTOR_SIZE * SECTOR_SIZE;
+        Self { disk, size, chunk: vec![0; CHUNK_SIZE].into() }
     }
 
     /// Carries out one request; the bytes written to the guest, status included.
@@ -89,7 +91,7 @@ impl Blk {
                 let at = self.bounds(sector, reader.available_bytes())?;
                 self.write(at, reader)
             }
-            TYPE_FLUSH => self.file.sync_data().map_err(Refusal::from),
+            TYPE_FLUSH => self.disk.file.sync_data().map_err(Refusal::from),
             TYPE_GET_ID => {
                 let size = writer.available_bytes().min(ID.len());
                 writer.write_all(&ID[..size]).map_err(Refusal::from)
@@ -111,7 +113,7 @@ impl Blk {
     fn read(&mut self, mut at: u64, writer: &mut Writer<'_, Noted<'_>>) -> Result<(), Refusal> {
         while writer.available_bytes() > 0 {
             let size = writer.available_bytes().min(CHUNK_SIZE);
-            self.file.read_exact_at(&mut self.chunk[..size], at)?;
+            self.disk.file.read_exact_at(&mut self.chunk[..size], at)?;
             writer.write_all(&self.chunk[..size])?;
             at += size as u64;
         }
@@ -122,7 +124,9 @@ impl Blk {
         while reader.available_bytes() > 0 {
             let size = reader.available_bytes().min(CHUNK_SIZE);
             reader.read_exact(&mut self.chunk[..size])?;
-            self.file.write_all_at(&self.chunk[..size], at)?;
+            // Noted before: what fails half way may have been written.
+            self.disk.mark(at, size);
+            self.disk.file.write_all_at(&self.chunk[..size], at)?;
             at += size as u64;
         }
         Ok(())
@@ -200,7 +204,7 @@ mod tests {
         let file = vmm_sys_util::tempfile::TempFile::new().unwrap().into_file();
         let content: Vec<u8> = (0..8u8).flat_map(|sector| [sector; 512]).collect();
         file.write_all_at(&content, 0).unwrap();
-        let mut blk = Blk::new(file.try_clone().unwrap()).unwrap();
+        let mut blk = Blk::new(Arc::new(Disk::new(&file, 4096).unwrap()));
         blk.process(&mut [mock.create_queue().unwrap()], 0, &view).unwrap();
         let mut bytes = vec![0; size as usize];
         view.read_slice(&mut bytes, GuestAddress(0x9000)).unwrap();
