@@ -325,7 +325,7 @@ mod tests {
         let pages = template.pieces.iter().map(|piece| {
             let mut byte = [0];
             file.read_exact_at(&mut byte, piece.offset + 50).unwrap();
-            assert_eq!(u64::from(byte[0]), (piece.address / PAGE_SIZE) | 1);
+            assert_eq!(byte[0], (piece.address / PAGE_SIZE) as u8 | 1);
             (piece.offset % PAGE_SIZE, piece.address / PAGE_SIZE, piece.size / PAGE_SIZE)
         });
         let last = MEM / PAGE_SIZE - 1;

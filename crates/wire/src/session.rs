@@ -653,7 +653,7 @@ mod tests {
             b"\x0D\x2C\0\0\0\x01\0\0\0\x02\x01\0\0\x03\0\0\x000123456789abcdef0123456789ABCDEF";
         check_client(ClientFrame::Purse(purse), golden);
         let bytes = [7; TICKET_SIZE];
-        check_client(Migrate(&bytes), &[&b"\x0E\x0A\x01\0\0"[..], &bytes].concat());
+        check_client(Migrate(&bytes), &[&b"\x0E\x2A\x01\0\0"[..], &bytes].concat());
     }
 
     #[test]

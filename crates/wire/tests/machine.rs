@@ -30,7 +30,7 @@ fn identity() -> Identity {
 #[test]
 fn the_info_page_keeps_its_bytes() {
     let page = identity().emit();
-    check_golden(&page, "0b4eb833cb0f1f9f331fdb42a277bfe319b5cbbe517f6d065eb06e00224c56b4");
+    check_golden(&page, "01552825f01a25e66d579c84e0f4e6c8b92a51f0da82486b43d1ce1eb5174414");
     assert_eq!(page[INFO_TSC_KHZ..INFO_TSC_KHZ + 4], 2_500_000u32.to_le_bytes());
     assert!(Identity::parse(&page) == Some(identity()));
     assert!((0..INFO_SIZE).all(|size| Identity::parse(&page[..size]).is_none()));
