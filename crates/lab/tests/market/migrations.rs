@@ -141,7 +141,8 @@ pub fn to_and_fro(world: &World) -> Result<()> {
         ensure!(now == one.to && new != one.job.id.to_string(), "the VM is on node {now}");
         let sent = source.end()?;
         ensure!(sent.wrong.is_none(), "the frozen source sent {:?}", sent.wrong);
-        let counts = [sent.before, sent.flow, sent.questions];
+        // Questions to the judge are for when the copy's own word does not come.
+        let counts = [sent.before, sent.flow];
         ensure!(!counts.contains(&0), "the capture saw too little: {counts:?}");
         witness.only_one(world)?;
         let old = world.broker.job(&one.job.id.0)?;
