@@ -68,6 +68,7 @@ pub struct Vm {
     log_left: usize,
     cgroup: Cgroup,
     network: Network,
+    has_disk: bool,
     sent: File,
     console: File,
     info: File,
@@ -115,7 +116,8 @@ impl Vm {
         let group = format!("vm-{serial}");
         let cgroup = place.cgroups.create(&group, spec.held_mib, spec.vcpus);
         let cgroup = cgroup.map_err(VmError::at("cgroup"))?;
-        let swap = cgroup.swap(spec.start == Start::Saved);
+        let has_disk = files.disk.is_some();
+        let swap = cgroup.swap(has_disk || spec.start == Start::Saved);
         let parts = Parts { tap: &network.tap, files, info: &info, cgroup: &cgroup };
         let started = swap.map_err(VmError::at("cgroup"));
         let started = started.and_then(|()| parts.start(place, slot, spec));
@@ -130,6 +132,7 @@ impl Vm {
             log_left: LOG_MAX,
             cgroup,
             network,
+            has_disk,
             sent,
             console,
             info,
@@ -143,8 +146,9 @@ impl Vm {
     }
 
     /// Lets its memory go to the scratch device, while its machine is there twice: in RAM and in its file; or no more.
+    /// With a disk it always may: the disk's pages count as memory of the VM that wrote them.
     pub fn swap(&self, allowed: bool) -> io::Result<()> {
-        self.cgroup.swap(allowed)
+        self.cgroup.swap(allowed || self.has_disk)
     }
 
     /// Whether the kernel ended it because it wanted more memory than its cgroup may have.

@@ -1,4 +1,4 @@
-//! A VM with a disk: what it wrote there is there after it slept, after it moved, and in what comes of its snapshot.
+//! A VM with a disk: what it wrote there is there after it slept and after it moved.
 
 use anyhow::{Result, ensure};
 use onde_client::api::SettledBy;
@@ -41,7 +41,7 @@ fn goes_on(world: &World, name: &str) -> Result<()> {
 
 pub fn goes_along(world: &World) -> Result<()> {
     let before = world.balance()?;
-    let order = ["run", "-d", "--name", "disk", "--memory", "128", "--disk", "16", "--node", "1"];
+    let order = ["run", "-d", "--name", "disk", "--memory", "128", "--disk", "256", "--node", "1"];
     let paid = ["--tokens", "100", "--budget", "400", "--file", "/usr/bin/dd"];
     let program = ["--file", "/usr/bin/sha256sum", "--file", "/usr/bin/rm", "--", "/bin/sh", "-c"];
     world.onde([&order[..], &paid, &program, &[WRITER]].concat())?;
@@ -50,6 +50,10 @@ pub fn goes_along(world: &World) -> Result<()> {
     world.onde(["resume", "disk"])?;
     goes_on(world, "disk")?;
     world.onde(["migrate", "disk", "2"])?;
+    goes_on(world, "disk")?;
+    // A disk can hold more than the memory that the VM has.
+    let fill = ["if=/dev/zero", "of=/dev/vda", "bs=1M", "seek=16", "count=200", "oflag=direct"];
+    world.onde([&["exec", "disk", "--", "/usr/bin/dd"], &fill[..]].concat())?;
     goes_on(world, "disk")?;
     world.onde(["stop", "disk"])?;
     let job = world.newest_job()?;
