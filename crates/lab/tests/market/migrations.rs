@@ -206,6 +206,8 @@ pub fn target_stopped(world: &World) -> Result<()> {
     };
     wait("the new job", || Ok(new()?.is_some()))?;
     let new = new()?.context("the new job")?;
+    // Before that its node has not heard of it, and nothing could be stopped.
+    wait("the new VM", || Ok(world.onde(["status", &new.short_id()]).is_ok()))?;
     world.onde(["stop", &new.short_id()])?;
     ensure!(one.end(migrate)?.is_none(), "the VM moved into one that was stopped");
     ensure!(witness.only_one(world)?.id == one.job.id, "the VM is elsewhere");

@@ -61,7 +61,9 @@ pub fn other_incarnation(world: &World) -> Result<()> {
 }
 
 pub fn too_large(world: &World) -> Result<()> {
-    check_refused(world, |token| token.mem_mib = 60 << 10, Status::NoMemory)?;
+    let all = |token: &mut BootToken| (token.mem_mib, token.held_mib) = (60 << 10, 60 << 10);
+    check_refused(world, all, Status::NoMemory)?;
+    check_refused(world, |token| token.mem_mib = 60 << 10, Status::BadLimits)?;
     check_refused(world, |token| token.vcpus = 64, Status::NoRoom)?;
     check_refused(world, |token| token.mem_mib = 0, Status::BadLimits)?;
     check_refused(world, |token| token.vcpus = 0, Status::BadLimits)
