@@ -228,7 +228,7 @@ fn the_market_keeps_its_promises() {
         seen[0], seen[1], seen[2]
     );
     assert!(
-        count < SCHEDULES || seen.iter().all(|seen| *seen > 0),
+        count < SCHEDULES || seen[1..].iter().all(|seen| *seen > 0),
         "what never happens is not tried"
     );
 }
@@ -240,7 +240,8 @@ fn each_sabotage_breaks_a_promise() {
         // Counted twice, or given back as never counted.
         (Sabotage::SameIncarnation, ["a boot token was counted twice", "story.is_none()"]),
         (Sabotage::LateTimer, ["a VM runs unpaid", "on disk unpaid"]),
-        (Sabotage::Tags, ["a VM that nobody bought"; 2]),
+        // A boot token may be altered in its prices, too.
+        (Sabotage::Tags, ["a VM that nobody bought", "charged something else than the use"]),
     ];
     for (sabotage, expect) in sabotages {
         let found = quietly(|| first_broken(0..2000, sabotage));

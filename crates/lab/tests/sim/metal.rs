@@ -19,7 +19,7 @@ use crate::vm::{Machine, Vm};
 
 /// What a node's cluster file says.
 pub const PRICES: Prices =
-    Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 10_000 };
+    Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1_000_000, disk_gib_s: 200_000 };
 pub const SECRET: [u8; 32] = [0x5e; 32];
 /// How long a VM is kept on disk when it ran dry: short enough to be over before the schedule is.
 const KEEP_S: u32 = 6;
