@@ -17,7 +17,7 @@ use onde_client::api::{
 use onde_wire::chain::Value;
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::key::{Key, job_key, sha256};
-use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
+use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX, held_mib};
 use onde_wire::packet::Prices;
 use onde_wire::plan;
 use onde_wire::token::{BootToken, JobId, NodeId, Origin, Renewal};
@@ -51,11 +51,10 @@ fn check_shape(request: &JobRequest) -> Result<(), Refusal> {
     Ok(())
 }
 
-/// Memory that a VM takes from its node, MiB: of one that is no clone somewhat more than its RAM, about what is added
-/// here. Where that is too little, the node refuses a boot token and its money comes back.
+/// Memory that a VM takes from its node, MiB. Where that is too little, the node refuses a boot token and its money comes
+/// back.
 fn reserved_mib(request: &JobRequest) -> u32 {
-    let whole_mib = request.mem_mib + request.mem_mib / 64 + 24;
-    request.clones.map_or(whole_mib, |clones| clones.held_mib)
+    request.clones.map_or(held_mib(request.mem_mib), |clones| clones.held_mib)
 }
 
 /// What is sold on each node and was not seen used yet.

@@ -3,7 +3,7 @@
 //! `start_info.h` (PVH) and Linux' Documentation/arch/x86/boot.rst and zero-page.rst.
 
 use crate::kernel::{self, Entry, Kernel, KernelError, SETUP_HEADER, Segment};
-use onde_wire::machine::{ACPI_START, ColdStart, PAGE_SIZE, RAM_HIGH_START, RAM_LOW_END};
+use onde_wire::machine::{ACPI_START, ColdStart, PAGE_SIZE, RAM_LOW_END, Space};
 
 /// hvm_start_info, or boot_params.
 const START_INFO: u64 = 0x7000;
@@ -168,14 +168,15 @@ struct Boot {
 impl Boot {
     /// Address, size and type of each range of memory.
     fn memory_map(&self) -> Vec<(u64, u64, u32)> {
-        let low_end = self.mem_bytes.min(RAM_LOW_END);
+        let ram = Space { mem_bytes: self.mem_bytes, disk_bytes: 0 }.ram();
+        let [(_, low_end), (high_start, high_size)] = ram;
         let mut map = vec![
             (0, CONVENTIONAL_END, E820_RAM),
             (CONVENTIONAL_END, KERNEL_START_MIN - CONVENTIONAL_END, E820_RESERVED),
             (KERNEL_START_MIN, low_end - KERNEL_START_MIN, E820_RAM),
         ];
-        if self.mem_bytes > low_end {
-            map.push((RAM_HIGH_START, self.mem_bytes - low_end, E820_RAM));
+        if high_size > 0 {
+            map.push((high_start, high_size, E820_RAM));
         }
         map
     }

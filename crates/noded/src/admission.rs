@@ -1,7 +1,7 @@
 //! Whether a boot token can be taken: the checks of BOOT that need no kernel. Called by [`crate::node`]; the
 //! token's tag was checked by `packetd`. Never changes anything.
 
-use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX};
+use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX, held_mib};
 use onde_wire::packet::Status;
 use onde_wire::plan::{self, Plan};
 use onde_wire::token::{BootToken, Origin};
@@ -12,13 +12,6 @@ use crate::node::Config;
 /// Most micro-tokens that a payment token may be worth: with a 32-bit count the balance fits 64 bits.
 const VALUE_MAX: u64 = u32::MAX as u64;
 
-/// Memory that a VM of `mem_mib` takes from the node, MiB: its RAM, the 16 MiB of FROZEN (BOOT, 8 MiB, is
-/// gone when that comes), the VMM's own memory (some MiB, measured), and tables of KVM and the kernel for each page. Also its cgroup's
-/// limit: too low and a guest that uses all its RAM is killed, too high and fewer VMs fit.
-pub fn held_mib(mem_mib: u32) -> u32 {
-    mem_mib + HELD_BASE_MIB + mem_mib / HELD_SHARE
-}
-
 /// Disk that a VM of `mem_mib` takes when it is saved, MiB at most: its RAM with 24 bytes for each 128 KiB, and its state
 /// (4 MiB at most). Also the size of the file, which its VMM cannot make larger.
 pub fn saved_mib(mem_mib: u32) -> u32 {
@@ -27,7 +20,6 @@ pub fn saved_mib(mem_mib: u32) -> u32 {
 
 const SAVED_BASE_MIB: u32 = 5;
 const SAVED_SHARE: u32 = 4096;
-const HELD_BASE_MIB: u32 = 24;
 
 /// Memory that a token's VM takes from the node, MiB, and its cgroup's limit. A clone's token says it whole: what its guest
 /// writes beyond that would be memory that others paid for, so such a clone ends. A template is there twice while its
@@ -54,13 +46,6 @@ fn holds_enough(token: &BootToken) -> bool {
 /// Least memory of a clone, MiB: its VMM (README, figures: 1.4 MiB) and the kernel's tables for it, before its guest has
 /// written a page.
 const CLONE_MIB_MIN: u32 = 4;
-const HELD_SHARE: u32 = 64;
-
-/// The largest VM that fits `free_mib`: what HELLO calls free.
-pub fn fits_mib(free_mib: u32) -> u32 {
-    let most = u64::from(free_mib.saturating_sub(HELD_BASE_MIB));
-    (most * u64::from(HELD_SHARE) / u64::from(HELD_SHARE + 1)) as u32
-}
 
 /// Checks a token against this node; whether there is room is the caller's question.
 pub fn check(config: &Config, token: &BootToken, now_ms: u64) -> Result<(), Status> {
@@ -114,6 +99,7 @@ fn is_guest_mac(config: &Config, mac: [u8; 6]) -> bool {
 mod tests {
     use super::*;
     use crate::samples::{config, token};
+    use onde_wire::machine::fits_mib;
 
     fn check_that(change: impl FnOnce(&mut BootToken), expect: Result<(), Status>) {
         let mut token = token(1);

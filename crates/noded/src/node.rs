@@ -11,7 +11,7 @@ use std::fmt;
 
 use onde_wire::handover::COOKIE_SIZE;
 use onde_wire::key::{self, Key};
-use onde_wire::machine::{Identity, Meter, Space, VmmCommand, VmmEvent};
+use onde_wire::machine::{Identity, Meter, Space, VmmCommand, VmmEvent, fits_mib};
 use onde_wire::packet::{
     Booted, CONSOLE_SLICE_MAX, ConsoleSlice, EndReason, Hello, Op, Packet, Paid, Party, Reply,
     Request, Status,
@@ -241,7 +241,7 @@ impl Node {
             number: self.config.number,
             uptime_ms: now_ms,
             mem_mib: self.config.mem_mib,
-            mem_mib_free: admission::fits_mib(self.mem_mib_free),
+            mem_mib_free: fits_mib(self.mem_mib_free),
             disk_mib: self.config.disk_mib,
             disk_mib_free: self.disk_mib_free,
             cpus: self.config.cpus,

@@ -9,7 +9,7 @@ use onde_client::broker::new_key;
 use onde_client::echo::{Echo, Policy};
 use onde_client::job::Job;
 use onde_client::snapshot::tell_time;
-use onde_wire::machine::Stage;
+use onde_wire::machine::{self, Stage};
 use onde_wire::token::BootToken;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -131,8 +131,7 @@ pub fn clones(
 fn one(cluster: &Arc<Cluster>, wanted: &Wanted<'_>, open: &Open, report: &Report) -> Result<Job> {
     let template = wanted.template;
     let (tokens, budget) = launch::payment(wanted.order.tokens, wanted.order.budget);
-    let whole_mib = template.mem_mib + template.mem_mib / 64 + 24;
-    let held_mib = wanted.held_mib.unwrap_or(whole_mib);
+    let held_mib = wanted.held_mib.unwrap_or_else(|| machine::held_mib(template.mem_mib));
     let opened = launch::buy(
         &cluster.broker,
         &JobRequest {

@@ -3,6 +3,10 @@
 //! between `noded` and `vmm`. `vmm` builds this machine; `mstrap`, the loader,
 //! `agent` and `client` live in it or describe it. Nothing here does I/O.
 
+mod space;
+
+pub use space::{Space, fits_mib, held_mib};
+
 use crate::bytes::{Reader, Writer};
 use crate::token::PaymentToken;
 
@@ -227,80 +231,6 @@ impl Stage {
             Stage::Purged => "purged",
             Stage::Template => "template",
         }
-    }
-}
-
-/// What a machine has of the guest-physical addresses: low RAM, high RAM, disk. Its pages are counted in this order.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Space {
-    /// Bytes of RAM, whole MiB.
-    pub mem_bytes: u64,
-    /// Bytes of disk, whole MiB; 0 for none.
-    pub disk_bytes: u64,
-}
-
-impl Space {
-    /// The addresses of so many MiB.
-    pub fn of_mib(mem_mib: u32, disk_mib: u32) -> Self {
-        Self { mem_bytes: u64::from(mem_mib) << 20, disk_bytes: u64::from(disk_mib) << 20 }
-    }
-
-    /// Start and size of the pieces of RAM; the second may be empty.
-    pub fn ram(&self) -> [(u64, u64); 2] {
-        let low = self.mem_bytes.min(RAM_LOW_END);
-        [(0, low), (RAM_HIGH_START, self.mem_bytes - low)]
-    }
-
-    /// Start and size of all pieces; some may be empty.
-    pub fn pieces(&self) -> [(u64, u64); 3] {
-        let [low, high] = self.ram();
-        [low, high, (DISK_START, self.disk_bytes)]
-    }
-
-    /// Whether `[address, address + size)` lies in one of them.
-    pub fn holds(&self, address: u64, size: u64) -> bool {
-        self.pieces().into_iter().any(|(start, all)| {
-            let at = address.checked_sub(start);
-            at.and_then(|at| at.checked_add(size)).is_some_and(|end| end <= all)
-        })
-    }
-
-    /// Number of pages of RAM, which are counted first.
-    pub fn ram_pages(&self) -> u64 {
-        self.mem_bytes / PAGE_SIZE
-    }
-
-    /// Number of pages.
-    pub fn pages(&self) -> u64 {
-        self.ram_pages() + self.disk_bytes / PAGE_SIZE
-    }
-
-    /// Address of a page by its number.
-    pub fn address(&self, page: u64) -> u64 {
-        let mut at = page * PAGE_SIZE;
-        for (start, size) in self.ram() {
-            if at < size {
-                return start + at;
-            }
-            at -= size;
-        }
-        DISK_START + at
-    }
-
-    /// Number of the page at an address.
-    pub fn page(&self, address: u64) -> u64 {
-        let [(_, low), (high_start, _)] = self.ram();
-        let at = match address {
-            DISK_START.. => address - DISK_START + self.mem_bytes,
-            _ if address >= high_start => address - high_start + low,
-            _ => address,
-        };
-        at / PAGE_SIZE
-    }
-
-    /// Bytes of the BITMAP window.
-    pub fn bitmap_size(&self) -> u64 {
-        self.pages().div_ceil(64) * 8
     }
 }
 

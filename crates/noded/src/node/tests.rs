@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, VecDeque};
 
 use onde_wire::chain::STEPS_MAX;
 use onde_wire::handover::COOKIE_SIZE;
+use onde_wire::machine::held_mib;
 use onde_wire::token::{Certificate, PaymentToken};
 
 mod clones;
@@ -556,7 +557,7 @@ fn nobody_holds_memory_for_a_loader_that_does_not_come() {
 
 #[test]
 fn memory_and_addresses_are_given_out_once() {
-    let held = admission::held_mib(128);
+    let held = held_mib(128);
     let config = Config { mem_mib: 2 * held, ..config() };
     check_in(
         Bench::new(config),

@@ -118,7 +118,7 @@ fn suspend_and_wake_by_hand() {
 
 #[test]
 fn waking_takes_money_and_memory() {
-    let held = admission::held_mib(128);
+    let held = held_mib(128);
     let bench = Bench::new(Config { disk_mib: 1000, mem_mib: held, ..config() });
     check_in(
         bench,
@@ -148,7 +148,7 @@ fn waking_takes_money_and_memory() {
 
 #[test]
 fn who_waits_for_memory_wakes_when_there_is_some() {
-    let held = admission::held_mib(128);
+    let held = held_mib(128);
     let bench = Bench::new(Config { disk_mib: 1000, mem_mib: held, ..config() });
     let mut bench = check_in(
         bench,
