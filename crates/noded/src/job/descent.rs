@@ -31,15 +31,27 @@ impl Job {
         wanted.min(self.paid_micro() / RESERVE_SHARE)
     }
 
+    /// Whether something is kept back for the disk. Not while it boots: it has nothing yet to be saved.
+    fn keeps_back(&self) -> bool {
+        self.can_save && self.stage != Stage::Booting
+    }
+
     /// Micro-tokens that a VM which runs must not use: the time on disk that it was promised, and what it uses
     /// between two looks.
     fn reserve_micro(&self) -> u64 {
-        if !self.can_save || self.stage == Stage::Booting {
+        if !self.keeps_back() {
+            return 0;
+        }
+        self.keep_micro().saturating_add(self.tick_micro())
+    }
+
+    /// Micro-tokens that a VM which runs may use between two looks at the end of its balance.
+    fn tick_micro(&self) -> u64 {
+        if self.is_saving() {
             return 0;
         }
         let burn = burn_max(&self.terms.prices, &self.shape());
-        let tick = burn.saturating_mul(TICK_MIN_MS).div_ceil(1000);
-        self.keep_micro().saturating_add(tick)
+        burn.saturating_mul(TICK_MIN_MS).div_ceil(1000)
     }
 
     /// Micro-tokens that it may use as a VM that runs.
@@ -82,10 +94,12 @@ impl Job {
             return (left, left);
         }
         let left = lasts(self.left_micro(), self.rate());
-        let on_disk = match self.reserve_micro() {
-            0 => 0,
-            reserve => lasts(self.keep_micro().min(reserve), self.storage_rate()),
-        };
+        if !self.keeps_back() {
+            return (left, left);
+        }
+        // It may have used up a part of what is for the disk before it ran.
+        let kept = self.keep_micro().min(self.balance_micro().saturating_sub(self.tick_micro()));
+        let on_disk = lasts(kept, self.storage_rate());
         (left, left.saturating_add(on_disk))
     }
 

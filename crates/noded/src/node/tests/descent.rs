@@ -279,6 +279,23 @@ fn a_payment_while_it_is_written_wakes_it_up_again() {
     check_in(bench, &[RESUMED, (Wake(1), "running")]);
 }
 
+/// Nothing is kept back while a VM boots: it is told of no more time on disk than it can still pay for.
+#[test]
+fn what_booting_used_up_is_not_promised() {
+    check_disk(&[
+        BOOTED,
+        (Busy(1), ""),
+        (Wait(3550), ""),
+        RESUMED,
+        (Status(1), "running None spent 2927133 left 72867 burn 825009 for 0 s, kept 18 s"),
+        (Wait(20), "Save"),
+        (Status(1), "low None spent 2939508 left 60492 burn 825009 for 0 s, kept 46 s"),
+        (Says(1, Vmm::Saved), ""),
+        (Dies(1), ""),
+        (Status(1), "suspended None spent 2939508 left 60492 burn 977 for 61 s, wakes for 8393729"),
+    ]);
+}
+
 #[test]
 fn a_stall_of_the_node_costs_nobody_anything() {
     check(&[
