@@ -88,7 +88,8 @@ pub struct Act<'a> {
     pub lines: &'a [(Book<'a>, i64)],
 }
 
-/// Key of what a customer, or the operator as "", asked for under an idempotency key of theirs.
+/// Key of what a customer, or the operator as "", asked for under an idempotency key of theirs. `Ledger::prune` spells it
+/// too.
 pub fn request_key(scope: &str, key: &str) -> String {
     format!("request/{scope}/{key}")
 }

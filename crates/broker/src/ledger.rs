@@ -11,7 +11,8 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 /// How long the answer to an idempotency key is remembered: longer than any client repeats a request. The key itself
-/// stays in the journal for good.
+/// stays in the journal for good. The answer to a job's last sale is kept as long as the job is open: it is the only
+/// word of the tokens that were paid for, and of the chain that they are on.
 const REPLY_AGE_MAX_S: u64 = 7 * 24 * 3600;
 /// How long events are kept: a flapping node must not fill the disk.
 const EVENT_AGE_MAX_S: u64 = 90 * 24 * 3600;
@@ -96,7 +97,13 @@ impl Ledger {
     pub fn prune(&self) -> Result<(), Refusal> {
         self.act(|tx| {
             let before = |age_s| tx.unix_s().saturating_sub(age_s);
-            tx.execute("DELETE FROM replies WHERE at < ?1", params![before(REPLY_AGE_MAX_S)])?;
+            tx.execute(
+                "DELETE FROM replies WHERE at < ?1 AND NOT EXISTS ( \
+                   SELECT 1 FROM acts JOIN jobs ON jobs.id = acts.job AND jobs.sold = acts.last_index \
+                   WHERE acts.key = 'request/' || replies.scope || '/' || replies.key \
+                   AND jobs.settled_at IS NULL)",
+                params![before(REPLY_AGE_MAX_S)],
+            )?;
             tx.execute("DELETE FROM events WHERE at < ?1", params![before(EVENT_AGE_MAX_S)])?;
             tx.execute(
                 "UPDATE jobs SET watched = 0 WHERE watched = 1 AND settled_at < ?1",

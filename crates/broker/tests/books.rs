@@ -5,6 +5,7 @@ pub(crate) mod stage;
 
 use onde_broker::audit::{Unsound, audit};
 use onde_broker::ledger::Ledger;
+use onde_broker::refusal::Refusal;
 use onde_broker::store::Store;
 use onde_client::api::*;
 use stage::*;
@@ -100,6 +101,27 @@ fn the_store_refuses_what_does_not_balance() {
     let more = "INSERT INTO lines (act, book, delta_micro) VALUES (2, 'owner:income', 5)";
     refused(&[more.into()]);
     audit(ledger.store(), None).expect("nothing of it was kept");
+}
+
+/// A customer may be away for long between paying and hearing what was bought.
+#[test]
+fn the_answer_to_an_open_jobs_last_sale_is_kept() {
+    const YEAR_S: u64 = 365 * 24 * 3600;
+    let dir = Dir::new();
+    let broker = with_history(&dir);
+    let job = broker.jobs("a", true, i64::MAX, 1).expect("jobs").jobs.remove(0);
+    let [before, last] = [1, 2].map(|count| {
+        let request = TokensRequest { idempotency_key: fresh_key(), count };
+        let sold = broker.sell_tokens("a", &job.id.0, &request).expect("tokens");
+        (request, sold)
+    });
+    let ledger = Ledger::open(&place(&dir.0)).expect("a ledger");
+    let next_year = broker.store().unix_s() + YEAR_S;
+    ledger.with_clock(Box::new(move || next_year)).prune().expect("the ledger works");
+    let again = |(request, _): &(TokensRequest, _)| broker.sell_tokens("a", &job.id.0, request);
+    assert_eq!(again(&last).expect("told again"), last.1);
+    assert!(matches!(again(&before), Err(Refusal::KeyReused)), "sold once, and long told");
+    audit(broker.store(), None).expect("sound books");
 }
 
 #[test]

@@ -18,8 +18,8 @@ use onde_wire::packet::{Op, Packet, Party, Reply, Request, Status};
 use crate::metal::SECRET;
 use crate::random::Random;
 
-/// Chains of 64 tokens: some jobs come to the end of theirs.
-const CHAIN_LEVELS: u32 = 6;
+/// Chains of 16 tokens: some jobs come to the end of theirs.
+const CHAIN_LEVELS: u32 = 4;
 /// Time between two rounds, as the poller's.
 pub const ROUND_MS: u64 = 1000;
 /// How long a round waits for answers, as the poller's.

@@ -228,7 +228,7 @@ fn the_market_keeps_its_promises() {
         seen[0], seen[1], seen[2]
     );
     assert!(
-        count < SCHEDULES || seen[1..].iter().all(|seen| *seen > 0),
+        count < SCHEDULES || seen.iter().all(|seen| *seen > 0),
         "what never happens is not tried"
     );
 }
