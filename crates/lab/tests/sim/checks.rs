@@ -157,18 +157,21 @@ impl Checks {
     pub fn runs(&mut self, prices: &Prices, job: &JobId, cost_micro: u64) {
         let story = self.story(job);
         let paid = u64::from(story.accepted) * story.token.value_micro;
-        let tick = burn_max(prices, &story.token) * TICK_MIN_MS / 1000 + 4;
+        let tick = tick_micro(burn_max(prices, &story.token), TICK_MIN_MS);
         assert!(
             cost_micro <= paid + tick,
             "a VM runs unpaid: {cost_micro} used, {paid} paid, {tick} is a tick"
         );
     }
 
-    /// A machine that is on disk has paid for its place there, but for the last look of its node.
+    /// A machine that is on disk has paid for its place there, but for the last looks of its node.
     pub fn is_kept(&mut self, prices: &Prices, job: &JobId, cost_micro: u64) {
         let story = self.story(job);
         let paid = u64::from(story.accepted) * story.token.value_micro;
-        let tick = burn_held(prices, Held { mem_mib: 0, disk_mib: story.token.mem_mib }) + 4;
+        // Its last tick as a VM that ran, and one on disk, which is longer.
+        let disk = burn_held(prices, Held { mem_mib: 0, disk_mib: story.token.mem_mib });
+        let tick =
+            tick_micro(burn_max(prices, &story.token), TICK_MIN_MS) + tick_micro(disk, TICK_MAX_MS);
         assert!(cost_micro <= paid + tick, "on disk unpaid: {cost_micro} used, {paid} paid");
         story.cost_micro = cost_micro;
     }
@@ -219,6 +222,11 @@ impl Checks {
         story.announced.iter().for_each(|told| told.check(now_ms, slept, cost_micro));
         self.purged_from_disk += u32::from(slept.is_some());
     }
+}
+
+/// What is used between two looks at the end of a balance; each of the four prices is rounded.
+fn tick_micro(rate_micro_per_s: u64, time_ms: u64) -> u64 {
+    rate_micro_per_s * time_ms / 1000 + 4
 }
 
 impl Announced {
