@@ -2,6 +2,7 @@
 //! The payer asks each second; a job that makes none gets no more tokens until it does.
 
 use onde_client::job::{Job, Watch};
+use onde_sys::signals;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::process::{Pid, PidfdFlags, Signal, kill_process_group, pidfd_open};
 use std::fs;
@@ -117,7 +118,8 @@ fn repeat(run: impl Fn() -> Option<String>, told: &Mutex<Option<String>>, stoppe
 
 /// Runs a command once; why it did not succeed.
 fn run(command: &str, dir: &Path, job: &str, limit: Duration) -> Option<String> {
-    let child = Command::new("/bin/sh")
+    let mut shell = Command::new("/bin/sh");
+    shell
         .args(["-c", command])
         .current_dir(dir)
         .env("ONDE_JOB", job)
@@ -125,9 +127,9 @@ fn run(command: &str, dir: &Path, job: &str, limit: Duration) -> Option<String> 
         .stdout(Stdio::null())
         .stderr(Stdio::null())
         // All that it starts goes with it when its time is over.
-        .process_group(0)
-        .spawn();
-    match child.and_then(|child| finish(child, limit)) {
+        .process_group(0);
+    signals::unblock(&mut shell);
+    match shell.spawn().and_then(|child| finish(child, limit)) {
         Ok(Some(status)) if status.success() => None,
         Ok(Some(status)) => Some(format!("`{command}` failed ({status})")),
         Ok(None) => Some(format!("`{command}` took longer than {} s", limit.as_secs())),

@@ -8,6 +8,7 @@ use onde_client::echo::Echo;
 use onde_client::home::Home;
 use onde_client::job::{Job, Jobs, JobsError};
 use onde_client::session::{Remote, Session, Streams};
+use onde_sys::signals;
 use onde_wire::token::JobId;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify;
@@ -47,14 +48,15 @@ pub fn leave(cluster: &Cluster, job: &Job) -> Result<()> {
     let log = open(&log).with_context(|| format!("cannot write {}", log.display()))?;
     let onde = std::env::current_exe().context("cannot tell where this program is")?;
     // It finds out by itself whether it is the only one.
-    Command::new(onde)
+    let mut wallet = Command::new(onde);
+    wallet
         .args(["wallet", "serve", "--until-idle", "--context", &cluster.name])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(log)
-        .current_dir("/")
-        .spawn()
-        .context("cannot start the wallet")?;
+        .current_dir("/");
+    signals::unblock(&mut wallet);
+    wallet.spawn().context("cannot start the wallet")?;
     Ok(())
 }
 

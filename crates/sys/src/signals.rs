@@ -1,8 +1,10 @@
-//! Signals as something to poll (signalfd(2)), for programs with one loop. Used by `noded`.
+//! Signals as something to poll (signalfd(2)), for programs with one loop. Used by `noded` and `onde`.
 //! Never installs a handler.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::os::unix::process::CommandExt;
+use std::process::Command;
 
 /// Signals that wait to be read.
 pub struct Signals {
@@ -45,5 +47,37 @@ impl Signals {
 impl AsFd for Signals {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+/// The program will start with no signal blocked: it inherits what this process blocks, and would never end by a signal.
+pub fn unblock(command: &mut Command) {
+    let unblock = || {
+        // SAFETY: the set is emptied before it is used, and the call takes a pointer to it that lives over it.
+        let result = unsafe {
+            let mut none: libc::sigset_t = std::mem::zeroed();
+            libc::sigemptyset(&mut none);
+            libc::sigprocmask(libc::SIG_SETMASK, &none, std::ptr::null_mut())
+        };
+        if result == -1 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    };
+    // SAFETY: the closure makes one system call and touches no memory, lock or descriptor of the parent.
+    unsafe { command.pre_exec(unblock) };
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    #[test]
+    fn a_program_that_is_started_ends_by_signals_that_its_starter_reads() {
+        let signals = Signals::block(&[libc::SIGTERM]).unwrap();
+        let mut suicide = Command::new("/bin/sh");
+        suicide.args(["-c", "kill -TERM $$; exit 3"]);
+        assert_eq!(suicide.status().unwrap().code(), Some(3));
+        unblock(&mut suicide);
+        assert_eq!(suicide.status().unwrap().signal(), Some(libc::SIGTERM));
+        assert_eq!(signals.next().unwrap(), None);
     }
 }

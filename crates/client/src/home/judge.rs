@@ -101,8 +101,17 @@ pub enum Cheat {
     #[error("it charges for {0} ms that have not gone by")]
     Hurry(u64),
     /// The VM used more than it has.
-    #[error("its meters show more than a VM of this shape can use")]
-    Impossible,
+    #[error(
+        "its meter shows {told} of {meter}, and a VM of this shape can have used {most} meanwhile"
+    )]
+    Impossible {
+        /// Of what, and in which unit.
+        meter: &'static str,
+        /// What it says.
+        told: u128,
+        /// The most there can be.
+        most: u128,
+    },
     /// A meter ran backwards, or a payment that it had confirmed is gone.
     #[error("it takes back what it said before")]
     Backwards,
@@ -150,7 +159,12 @@ impl Judge {
             None => most_us(METER_SLACK_MS),
             Some(_) => self.cpu_room_us.saturating_add(most_us(status.age_ms - age_ms)),
         };
-        let left = room.checked_sub(status.cpu_us - cpu_us).ok_or(Cheat::Impossible)?;
+        let used = status.cpu_us - cpu_us;
+        let left = room.checked_sub(used).ok_or(Cheat::Impossible {
+            meter: "processor microseconds at once",
+            told: used.into(),
+            most: room.into(),
+        })?;
         self.cpu_room_us = left.min(most_us(METER_SLACK_MS));
         Ok(())
     }
@@ -188,12 +202,17 @@ fn check_age(first_ms: u64, elapsed: Duration, age_ms: u64) -> Result<(), Cheat>
 fn check_meters(deal: &Deal, status: &JobStatus) -> Result<(), Cheat> {
     let age = u128::from(status.age_ms);
     let disk_mib = u128::from(deal.disk_mib) + u128::from(deal.mem_mib);
-    let fits = u128::from(status.cpu_us)
-        <= u128::from(deal.vcpus) * (age + u128::from(METER_SLACK_MS)) * 1000
-        && u128::from(status.mem_mib_ms) <= u128::from(deal.mem_mib) * age
-        && u128::from(status.disk_mib_ms) <= disk_mib * age
-        && u128::from(status.sent_bytes) <= u128::from(SENT_MAX_PER_S) * (age + 1000) / 1000;
-    if fits { Ok(()) } else { Err(Cheat::Impossible) }
+    let cpu_ms = u128::from(deal.vcpus) * (age + u128::from(METER_SLACK_MS));
+    let meters = [
+        ("processor microseconds", status.cpu_us, cpu_ms * 1000),
+        ("MiB-milliseconds of memory", status.mem_mib_ms, u128::from(deal.mem_mib) * age),
+        ("MiB-milliseconds of disk", status.disk_mib_ms, disk_mib * age),
+        ("bytes sent", status.sent_bytes, u128::from(SENT_MAX_PER_S) * (age + 1000) / 1000),
+    ];
+    let beyond = meters.into_iter().find(|(_, told, most)| u128::from(*told) > *most);
+    beyond.map_or(Ok(()), |(meter, told, most)| {
+        Err(Cheat::Impossible { meter, told: told.into(), most })
+    })
 }
 
 fn check_order(last: &JobStatus, status: &JobStatus) -> Result<(), Cheat> {
@@ -219,6 +238,10 @@ mod tests {
             assert_eq!(judge.hear(&DEAL, Duration::from_secs(*at), status), Ok(()));
         }
         assert_eq!(judge.hear(&DEAL, Duration::from_secs(last.0), &last.1), expect);
+    }
+
+    fn impossible(meter: &'static str, told: u64, most: u64) -> Result<(), Cheat> {
+        Err(Cheat::Impossible { meter, told: told.into(), most: most.into() })
     }
 
     #[test]
@@ -268,19 +291,25 @@ mod tests {
         let first = honest(100, 0, 200);
         check(&[(0, first), (64, honest(100 + 64 + 1 + 10, 0, 200))], Ok(()));
         check(&[(0, first), (64, honest(100 + 64 + 1 + 11, 0, 200))], Err(Cheat::Hurry(1000)));
-        check(&[(0, honest(100, 106, 300))], Err(Cheat::Impossible));
+        let all = impossible("processor microseconds", 106_000_000, 105_000_000);
+        check(&[(0, honest(100, 106, 300))], all);
         // Idle for long is no credit for a burst.
         check(&[(0, first), (1, honest(101, 6, 200))], Ok(()));
-        check(&[(0, first), (1, honest(101, 7, 200))], Err(Cheat::Impossible));
+        let burst = |told, most| impossible("processor microseconds at once", told, most);
+        check(&[(0, first), (1, honest(101, 7, 200))], burst(7_000_000, 6_000_000));
         check(
             &[(0, first), (1, honest(101, 6, 200)), (2, honest(102, 8, 200))],
-            Err(Cheat::Impossible),
+            burst(2_000_000, 1_000_000),
         );
         let mem = JobStatus { mem_mib_ms: first.mem_mib_ms + 1, ..first };
-        check(&[(0, mem)], Err(Cheat::Impossible));
         check(
-            &[(0, JobStatus { sent_bytes: 102 * SENT_MAX_PER_S, ..first })],
-            Err(Cheat::Impossible),
+            &[(0, mem)],
+            impossible("MiB-milliseconds of memory", mem.mem_mib_ms, first.mem_mib_ms),
+        );
+        let (sent_bytes, most) = (102 * SENT_MAX_PER_S, 101 * SENT_MAX_PER_S);
+        check(
+            &[(0, JobStatus { sent_bytes, ..first })],
+            impossible("bytes sent", sent_bytes, most),
         );
     }
 
