@@ -4,7 +4,7 @@
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use std::fs::{File, OpenOptions};
-use std::io::{self, ErrorKind, Read, Seek};
+use std::io::{self, ErrorKind, Read, Seek, Write};
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -35,7 +35,11 @@ struct State {
 }
 
 /// While it lives, no program runs.
-pub struct Frozen(Arc<Freezer>);
+pub struct Frozen {
+    freezer: Arc<Freezer>,
+    /// Open, so that letting them go is one write.
+    control: File,
+}
 
 /// While it lives, programs are not stopped.
 pub struct Starting<'a>(&'a Freezer);
@@ -72,12 +76,13 @@ impl Freezer {
     /// Stops all programs; when this returns none of them runs. An error leaves them running.
     pub fn freeze(self: &Arc<Self>) -> io::Result<Frozen> {
         let Some(dir) = &self.dir else { return Err(ErrorKind::Unsupported.into()) };
+        let control = OpenOptions::new().write(true).open(dir.join("cgroup.freeze"))?;
         let state = self.lock();
         let waited = self.changed.wait_while(state, |state| state.starting > 0);
         waited.unwrap_or_else(PoisonError::into_inner).holds += 1;
         // From here on an error is undone by the drop.
-        let frozen = Frozen(self.clone());
-        std::fs::write(dir.join("cgroup.freeze"), "1")?;
+        let frozen = Frozen { freezer: self.clone(), control };
+        (&frozen.control).write_all(b"1")?;
         wait_frozen(dir)?;
         Ok(frozen)
     }
@@ -85,15 +90,14 @@ impl Freezer {
 
 impl Drop for Frozen {
     fn drop(&mut self) {
-        let mut state = self.0.lock();
+        let mut state = self.freezer.lock();
         state.holds -= 1;
         if state.holds == 0
-            && let Some(dir) = &self.0.dir
-            && let Err(error) = std::fs::write(dir.join("cgroup.freeze"), "0")
+            && let Err(error) = self.control.write_all(b"0")
         {
             eprintln!("onde-agent: programs stay stopped: {error}");
         }
-        self.0.changed.notify_all();
+        self.freezer.changed.notify_all();
     }
 }
 

@@ -3,7 +3,7 @@
 
 use onde_sys::physical::Window;
 use onde_wire::machine::control::{MAGIC, REG_MAGIC, REG_RESULT};
-use onde_wire::machine::{CONTROL_START, Identity, PAGE_SIZE};
+use onde_wire::machine::{CONTROL_START, INFO_SIZE, INFO_START, Identity, PAGE_SIZE};
 use std::collections::HashMap;
 use std::fs::File;
 use std::io;
@@ -11,12 +11,12 @@ use std::os::unix::fs::FileExt;
 use std::sync::Arc;
 
 use crate::freezer::{Freezer, Frozen};
-use crate::guest;
 
-/// Windows are mapped in pieces of this size: a table of 64 KiB each.
-const PIECE: u64 = 32 << 20;
+/// Windows are mapped in pieces of this size, what one page of a page table holds: mapping writes pages, which have to be
+/// copied again.
+const PIECE: u64 = 2 << 20;
 /// Pieces that stay mapped.
-const PIECES_MAX: usize = 8;
+const PIECES_MAX: usize = 256;
 
 /// What a snapshot needs of a machine.
 pub trait Machine {
@@ -37,6 +37,8 @@ pub trait Machine {
 /// The machine that this program runs in.
 pub struct Devices {
     control: Window,
+    /// Mapped before FREEZE: a copy is not to lose time over who it is.
+    info: Window,
     pieces: HashMap<u64, Window>,
     page_flags: Option<File>,
     freezer: Arc<Freezer>,
@@ -54,8 +56,9 @@ impl Devices {
         }
         // Without it all memory is sent.
         let page_flags = File::open("/proc/kpageflags").ok();
+        let info = Window::map(INFO_START, PAGE_SIZE as usize)?;
         let freezer = freezer.clone();
-        Ok(Self { control, pieces: HashMap::new(), page_flags, freezer, frozen: None })
+        Ok(Self { control, info, pieces: HashMap::new(), page_flags, freezer, frozen: None })
     }
 
     /// What keeps the programs of a copy from running.
@@ -104,7 +107,9 @@ impl Machine for Devices {
     }
 
     fn identity(&mut self) -> io::Result<Identity> {
-        guest::identity().map_err(io::Error::other)
+        let mut page = [0; INFO_SIZE];
+        self.info.read(0, &mut page);
+        Identity::parse(&page).ok_or_else(|| io::Error::other("no info page"))
     }
 
     fn stop_programs(&mut self) -> io::Result<()> {

@@ -24,11 +24,12 @@ use std::time::{Duration, Instant};
 
 use crate::children::spawn_thread;
 use crate::fork::Copying;
+use crate::hooks;
 use crate::machine::Machine;
+use crate::network::{self, Announcer};
 use crate::session::Guest;
 use crate::snapshot::{self, Failed, Outcome, Sink};
 use crate::target::{self, Target};
-use crate::{hooks, network};
 
 /// One question to the judge: it is asked again anyway.
 const QUESTION: Policy = Policy { tries: 1, first: Duration::from_millis(200) };
@@ -49,6 +50,7 @@ pub fn run(guest: &Guest, client: &mut FrameWriter<Writer>, ticket: &[u8]) -> Re
     client.stream().set_timeout(Some(CLIENT_TIMEOUT))?;
     let loader = target::loader().map_err(words)?;
     let mut judge = Judge::open(&target.handle).map_err(words)?;
+    let announcer = Announcer::open(copying.identity()).map_err(words)?;
     let mut vm = target.open(&loader).map_err(words)?;
     let ends = vm.writer().ends()?;
     let moved = network::hold_neighbours(true).map_err(Failed::from).and_then(|()| {
@@ -62,7 +64,7 @@ pub fn run(guest: &Guest, client: &mut FrameWriter<Writer>, ticket: &[u8]) -> Re
         }
     });
     match moved {
-        Ok(None) => arrive(guest, copying.machine()),
+        Ok(None) => arrive(guest, copying.machine(), announcer),
         Ok(Some(ended)) => {
             let Some(why) = judge.settle(ended, &mut vm) else {
                 copying.machine().command(REG_COMMIT, 1);
@@ -174,6 +176,9 @@ impl Sink for Road<'_> {
         let bytes = self.stream.sent();
         self.tell(&AgentFrame::Sent { pages_left: self.pages_left, bytes });
         self.is_silent = true;
+        self.stream.wipe();
+        // What breaks here breaks again at the next record.
+        let _ = self.stream.out().flush_and_wipe();
     }
 }
 
@@ -262,18 +267,18 @@ impl Ear<'_> {
 }
 
 /// The copy, which is the machine from now on.
-fn arrive(guest: &Guest, machine: &mut impl Machine) -> Result<(), Failed> {
+fn arrive(guest: &Guest, machine: &mut impl Machine, announcer: Announcer) -> Result<(), Failed> {
     let identity = machine.identity()?;
+    // First of all: until then the bridges send its packets to the source.
+    if let Err(error) = announcer.announce() {
+        eprintln!("onde-agent: cannot announce this machine: {error}");
+    }
     // Tokens of the old job's chain buy nothing here.
     guest.pocket.empty();
-    // First of all: until then the bridges send its packets to the source.
-    if let Err(error) = network::announce(&identity) {
-        eprintln!("onde-agent: {error:#}");
-    }
-    guest.door.move_to(identity.job, &identity.job_key);
     machine.start_programs();
+    guest.door.move_to(identity.job, &identity.job_key);
     stay();
-    announce_again(identity);
+    announce_again(announcer);
     println!("onde-agent: moved to job {}", hex(&identity));
     Ok(())
 }
@@ -282,13 +287,13 @@ fn hex(identity: &Identity) -> String {
     identity.job[..4].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn announce_again(identity: Identity) {
+fn announce_again(announcer: Announcer) {
     // Without a thread the first announcement has to do.
     let _ = spawn_thread("announce", move || {
         for pause in ANNOUNCEMENTS {
             // Nothing tells whether it is needed.
             std::thread::sleep(pause);
-            let _ = network::announce(&identity);
+            let _ = announcer.announce();
         }
     });
 }

@@ -4,6 +4,7 @@
 use anyhow::{Context, Result};
 use onde_sys::inet::Inet;
 use onde_sys::link::Links;
+use onde_sys::packet::PacketSocket;
 use onde_wire::machine::Identity;
 use std::ffi::CStr;
 use std::net::Ipv4Addr;
@@ -80,11 +81,41 @@ pub fn hold_neighbours(on: bool) -> io::Result<()> {
         .try_for_each(|(path, usual, held)| fs::write(path, if on { held } else { usual }))
 }
 
-/// Tells the network that this machine is here now, by a gratuitous ARP (`arp_notify`), and forgets all neighbours,
-/// which may be found elsewhere from here.
-pub fn announce(identity: &Identity) -> Result<()> {
-    let links = Links::open().context("cannot set up the network")?;
-    links.set_mac(DEVICE, identity.mac).context("cannot announce eth0")
+/// Bytes of an Ethernet frame with an ARP packet for IPv4 (RFC 826).
+const ARP_SIZE: usize = 42;
+
+/// What tells the network where this machine is. Made in the source of a move, so that the copy has nothing to do but to
+/// send: until then the bridges take packets for it to where it was.
+pub struct Announcer {
+    socket: PacketSocket,
+    frame: [u8; ARP_SIZE],
+}
+
+impl Announcer {
+    /// For the machine of `identity`, which keeps its addresses.
+    pub fn open(identity: &Identity) -> Result<Self> {
+        let device = DEVICE.to_str().expect("ASCII");
+        let socket = PacketSocket::open(device).context("cannot open a packet socket")?;
+        Ok(Self { socket, frame: gratuitous_arp(identity.mac, identity.ipv4) })
+    }
+
+    /// Sends a gratuitous ARP (RFC 5227, 3). An error is that of the device.
+    pub fn announce(&self) -> io::Result<()> {
+        self.socket.send(&self.frame).map(drop)
+    }
+}
+
+fn gratuitous_arp(mac: [u8; 6], ipv4: [u8; 4]) -> [u8; ARP_SIZE] {
+    let mut frame = [0; ARP_SIZE];
+    frame[..6].fill(0xFF);
+    frame[6..12].copy_from_slice(&mac);
+    // ARP; Ethernet, IPv4, their addresses' sizes; a request.
+    frame[12..22].copy_from_slice(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+    frame[22..28].copy_from_slice(&mac);
+    frame[28..32].copy_from_slice(&ipv4);
+    // Its own address is what it asks for.
+    frame[38..42].copy_from_slice(&ipv4);
+    frame
 }
 
 /// Writes a file unless the customer packed one.
@@ -97,4 +128,18 @@ fn write_new(path: &str, text: &str) -> Result<()> {
     std::fs::create_dir_all(folder)
         .and_then(|()| std::fs::write(path, text))
         .with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_gratuitous_arp_is_as_linux_sends_it() {
+        let told = gratuitous_arp([2, 0x4F, 0xC6, 0x13, 0, 1], [198, 19, 0, 1]);
+        let expect = b"\xff\xff\xff\xff\xff\xff\x02\x4f\xc6\x13\x00\x01\x08\x06\
+            \x00\x01\x08\x00\x06\x04\x00\x01\x02\x4f\xc6\x13\x00\x01\xc6\x13\x00\x01\
+            \x00\x00\x00\x00\x00\x00\xc6\x13\x00\x01";
+        assert_eq!(&told, expect);
+    }
 }

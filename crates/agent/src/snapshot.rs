@@ -23,7 +23,9 @@ use std::time::Instant;
 
 use crate::machine::Machine;
 
-/// Few enough pages to stand still for: 4 MiB are saved in some milliseconds.
+/// So few pages that another round would hardly make them fewer: the copying itself writes some.
+const FEWEST: u64 = 64;
+/// Few enough pages to stand still for where another round does not make them fewer.
 const FEW: u64 = 1024;
 /// Pages that are frozen if rounds do not get smaller: FREEZE takes a third more.
 const MANY: u64 = FROZEN_PAGES_MAX / 4 * 3;
@@ -176,7 +178,12 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             // Less by a quarter is progress.
             stuck = if pages < least / 4 * 3 { 0 } else { stuck + 1 };
             least = least.min(pages);
-            if pages <= FEW || (stuck >= PATIENCE && pages <= MANY) {
+            let enough = match stuck {
+                0 => FEWEST,
+                1..PATIENCE => FEW,
+                PATIENCE.. => MANY,
+            };
+            if pages <= enough {
                 return Ok(());
             }
             if stuck >= PATIENCE && self.role == Role::Moved {
@@ -222,9 +229,10 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         // Mapped now, and not while the network stands still.
         self.machine.read(FROZEN_START, &mut [0; 8]).map_err(machine_failed)?;
         while self.round < ROUNDS_MAX {
+            self.sink.freezing();
+            self.buffer.fill(0);
             let begun = Instant::now();
             self.machine.stop_programs().map_err(programs_run)?;
-            self.sink.freezing();
             let role = match self.role {
                 Role::Forked => ROLE_FORKED,
                 Role::Moved => ROLE_MOVED,
@@ -269,21 +277,42 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         };
         let state = read(frozen.state_at(), frozen.state_size)?;
         let list = read(frozen.addresses_at(), 8 * frozen.page_count)?;
-        let pages = read(frozen.pages_at(), PAGE_SIZE * frozen.page_count)?;
         let addresses: Vec<_> =
             list.as_chunks().0.iter().map(|bytes| u64::from_le_bytes(*bytes)).collect();
         let are_good = addresses.iter().all(|&address| {
             address.is_multiple_of(PAGE_SIZE) && self.start.space.holds(address, PAGE_SIZE)
         });
-        if are_good { Ok(Saved { state, addresses, pages }) } else { Err(malformed()) }
+        if !are_good {
+            return Err(malformed());
+        }
+        // One that goes on at once keeps them; one that stands still has the window for as long as it does, and no time.
+        let pages = match self.role {
+            Role::Forked => read(frozen.pages_at(), PAGE_SIZE * frozen.page_count)?,
+            Role::Moved => Vec::new(),
+        };
+        Ok(Saved { frozen, state, addresses, pages })
     }
 
+    /// Sends what FREEZE saved.
     fn finish(&mut self, saved: Saved, pause_us: u64) -> Result<Outcome, Failed> {
-        let Saved { state, addresses, pages } = saved;
-        let frozen_pages = addresses.len() as u64;
+        let Saved { frozen, state, addresses, pages } = saved;
+        let frozen_pages = frozen.page_count;
         self.begin_round(frozen_pages)?;
-        for (address, page) in addresses.into_iter().zip(pages.chunks(PAGE_SIZE as usize)) {
-            self.sink.memory(address, page)?;
+        let mut at = 0;
+        for run in addresses.chunk_by(|one, next| one + PAGE_SIZE == *next) {
+            for part in run.chunks(PAGES_MAX as usize) {
+                let bytes = at..at + part.len() * PAGE_SIZE as usize;
+                at = bytes.end;
+                match self.role {
+                    Role::Forked => self.sink.memory(part[0], &pages[bytes])?,
+                    Role::Moved => {
+                        self.buffer.resize(bytes.len(), 0);
+                        let window = FROZEN_START + frozen.pages_at() + bytes.start as u64;
+                        self.machine.read(window, &mut self.buffer).map_err(machine_failed)?;
+                        self.sink.memory(part[0], &self.buffer)?;
+                    }
+                }
+            }
         }
         Ok(Outcome::Source(Taken { pause_us, frozen_pages }, state))
     }
@@ -291,8 +320,10 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
 
 /// What FREEZE saved: the rest of the machine.
 struct Saved {
+    frozen: Frozen,
     state: Vec<u8>,
     addresses: Vec<u64>,
+    /// Those of a machine that went on already.
     pages: Vec<u8>,
 }
 

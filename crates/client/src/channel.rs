@@ -245,6 +245,13 @@ impl Write for Writer {
 }
 
 impl Writer {
+    /// Flushes, and leaves nothing of it in memory: a machine that is about to be copied has less to copy.
+    pub fn flush_and_wipe(&mut self) -> io::Result<()> {
+        self.flush()?;
+        self.record.fill(0);
+        Ok(())
+    }
+
     /// Seals the record and hands it to the kernel.
     fn send(&mut self, flags: SendFlags) -> io::Result<()> {
         let wire = self.cipher.seal(&mut self.record, std::mem::take(&mut self.size));

@@ -90,6 +90,13 @@ impl<W: Write> StreamWriter<W> {
         &mut self.out
     }
 
+    /// Leaves nothing of earlier records in memory: a machine that is about to be copied has less to copy.
+    pub fn wipe(&mut self) {
+        if let Some(packer) = &mut self.packer {
+            packer.room.fill(0);
+        }
+    }
+
     /// Bytes written so far.
     pub fn sent(&self) -> u64 {
         self.sent

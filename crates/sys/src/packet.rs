@@ -175,6 +175,9 @@ struct Ring {
     next: usize,
 }
 
+// SAFETY: the mapping belongs to the process, not to a thread, and is read through `&mut self` only.
+unsafe impl Send for Ring {}
+
 impl Ring {
     fn map(fd: BorrowedFd<'_>) -> io::Result<Self> {
         let access = libc::PROT_READ | libc::PROT_WRITE;

@@ -19,7 +19,7 @@ use vm_memory::{
 
 use crate::fault::{Context, Fault, Part};
 use crate::kvm::{Vm, Windows};
-use crate::memory::{Disk, Region, View, clear_window, map_window};
+use crate::memory::{Disk, Region, View, clear_window, map_bitmap, map_frozen, prepare_window};
 use crate::pages::PageSet;
 
 /// Pages written, and the windows.
@@ -40,8 +40,8 @@ pub type Refused = u32;
 impl Checkpoint {
     /// Windows that are empty, for a machine with this RAM and disk.
     pub fn new(ram: Arc<View>, disk: Option<Arc<Disk>>, space: Space) -> Result<Self, Fault> {
-        let bitmap = map_window(space.bitmap_size())?;
-        let frozen = map_window(Frozen::window_size())?;
+        let bitmap = map_bitmap(space.bitmap_size())?;
+        let frozen = map_frozen(Frozen::window_size())?;
         Ok(Self { ram, disk, space, bitmap, frozen, tracking: false, held: None })
     }
 
@@ -62,6 +62,7 @@ impl Checkpoint {
             // Some pages may be left from an earlier start: KVM goes on with its log if there is one.
             self.collect(vm)?;
             self.disk.iter().try_for_each(|disk| disk.mark_data())?;
+            prepare_window(&self.frozen)?;
         }
         self.tracking = on;
         Ok(())
@@ -83,7 +84,8 @@ impl Checkpoint {
         if !self.tracking || self.held.is_some() {
             return Ok(Err(RESULT_INVALID));
         }
-        let pages = self.collect(vm)?;
+        // They stay in KVM's log, where ABORT finds them again: nobody goes on to count from here.
+        let pages = self.gather(|region| vm.read_log(region))?;
         if pages.count() > FROZEN_PAGES_MAX {
             self.note(&pages);
             return Ok(Err(RESULT_TOO_MANY));
@@ -142,10 +144,14 @@ impl Checkpoint {
 
     /// Takes what KVM and the VMM's own writes noted.
     fn collect(&self, vm: &Vm) -> Result<PageSet, Fault> {
+        self.gather(|region| vm.take_log(region))
+    }
+
+    fn gather(&self, log: impl Fn(&Region) -> Result<Vec<u64>, Fault>) -> Result<PageSet, Fault> {
         let mut pages = PageSet::empty(self.space);
         for region in self.regions() {
             let start = region.start_addr().0;
-            pages.merge(start, &vm.take_log(region)?);
+            pages.merge(start, &log(region)?);
             pages.merge(start, &(**region).bitmap().get_and_reset());
         }
         Ok(pages)

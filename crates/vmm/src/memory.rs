@@ -9,8 +9,8 @@ use onde_wire::machine::{BOOT_SIZE, BOOT_START, CONSOLE_RING_SIZE, DISK_START, P
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion,
+    GuestRegionMmap, VolatileMemory,
 };
 
 use crate::fault::{Context, Fault, Part};
@@ -146,27 +146,31 @@ fn anonymous<B: NewBitmap>(size: u64) -> Result<MmapRegion<B>, Fault> {
 
 /// RAM from `start` on, its host address congruent to the guest's modulo [`HUGE_PAGE`].
 fn ram_region(start: u64, size: u64, advice: rustix::mm::Advice) -> Result<Region, Fault> {
+    GuestRegionMmap::new(aligned(size, advice)?, GuestAddress(start))
+        .ok_or_else(|| Fault::new(Part::Memory, "RAM overflows"))
+}
+
+/// A private mapping that begins at a boundary of [`HUGE_PAGE`] and lives as long as the process.
+fn aligned<B: NewBitmap>(size: u64, advice: rustix::mm::Advice) -> Result<MmapRegion<B>, Fault> {
     // Linux 6.1 does not align large anonymous mappings by itself: reserve one huge page more
     // and begin at the first boundary.
     let reserve = anonymous::<()>(size + HUGE_PAGE)?;
     let base = reserve.as_ptr();
     let skip = (base as u64).next_multiple_of(HUGE_PAGE) - base as u64;
-    // RAM lives as long as the process: the reservation is never unmapped.
+    // The reservation is never unmapped.
     std::mem::forget(reserve);
     let host = base.wrapping_add(skip as usize);
     // SAFETY: `host..host + size` lies inside the reservation made above, which nothing else
     // refers to; the advice does not change contents. A kernel without huge pages refuses it,
     // which costs speed only.
     let _ = unsafe { rustix::mm::madvise(host.cast(), size as usize, advice) };
-    let bitmap = NewBitmap::with_len(size as usize);
+    let bitmap = B::with_len(size as usize);
     let builder = MmapRegionBuilder::new_with_bitmap(size as usize, bitmap);
     // SAFETY: the same range, mapped readable and writable for the rest of the process's life.
-    let mapping = unsafe { builder.with_raw_mmap_pointer(host) }
+    unsafe { builder.with_raw_mmap_pointer(host) }
         .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
         .build()
-        .fault(Part::Memory, "wrap RAM")?;
-    GuestRegionMmap::new(mapping, GuestAddress(start))
-        .ok_or_else(|| Fault::new(Part::Memory, "RAM overflows"))
+        .fault(Part::Memory, "wrap guest memory")
 }
 
 /// Maps a piece of a file over RAM, copy on write.
@@ -189,9 +193,19 @@ fn map_over(ram: &View, file: &File, piece: &Piece) -> Result<(), Fault> {
     .fault(Part::Memory, "map the template")
 }
 
-/// A window of the VMM's own, which the guest reads: BITMAP or FROZEN. Pages come as they are written.
-pub fn map_window(size: u64) -> Result<MmapRegion, Fault> {
+/// BITMAP, a window of the VMM's own, which the guest reads. Pages come as they are written.
+pub fn map_bitmap(size: u64) -> Result<MmapRegion, Fault> {
     anonymous(size.next_multiple_of(PAGE_SIZE))
+}
+
+/// FROZEN, the other one. In huge pages: it is filled and read while the guest stands still.
+pub fn map_frozen(size: u64) -> Result<MmapRegion, Fault> {
+    aligned(size.next_multiple_of(HUGE_PAGE), rustix::mm::Advice::LinuxHugepage)
+}
+
+/// Has the first huge page of a window there before it is needed in haste.
+pub fn prepare_window(window: &MmapRegion) -> Result<(), Fault> {
+    window.as_volatile_slice().write_obj(0u8, 0).fault(Part::Memory, "prepare a window")
 }
 
 /// Gives a window's pages back to the host; it reads as zeros from then on.
@@ -232,7 +246,6 @@ fn check_length(file: &File, size: u64, name: &str) -> Result<(), Fault> {
 mod tests {
     use super::*;
     use std::os::unix::fs::FileExt;
-    use vm_memory::Bytes;
 
     #[test]
     fn a_disk_notes_what_was_ever_written() {

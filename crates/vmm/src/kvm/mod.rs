@@ -86,6 +86,7 @@ impl Vm {
         fd.set_tss_address(TSS_ADDRESS).fault(Part::Kvm, "set TSS address")?;
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).fault(Part::Kvm, "set identity map")?;
         let mut vm = Self { fd, cpuid, msrs, ioapic: kvm_irqchip::default() };
+        vm.keep_logs()?;
         vm.set_slots(view, disk, info, windows).fault(Part::Kvm, "set memory slots")?;
         vm.fd.create_irq_chip().fault(Part::Kvm, "create interrupt controllers")?;
         vm.route_interrupts().fault(Part::Kvm, "route interrupts")?;

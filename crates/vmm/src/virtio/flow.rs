@@ -1,5 +1,6 @@
 //! Which frames leave after FREEZE: those of the one TCP connection that carries the machine away, and the echo requests
-//! that ask what became of it. All others are the copy's to send. The network device asks for each frame it sends.
+//! that ask what became of it. All others are the copy's to send. What comes in but their answers is lost to the copy
+//! anyway, and would keep the source from its work. The network device asks for each frame.
 
 /// What REG_FLOW and REG_JUDGE say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -21,6 +22,7 @@ const ETHERTYPE_IPV4: [u8; 2] = [0x08, 0x00];
 const PROTOCOL_ICMP: u8 = 1;
 const PROTOCOL_TCP: u8 = 6;
 const ECHO_REQUEST: u8 = 8;
+const ECHO_REPLY: u8 = 0;
 
 impl Flow {
     /// Reads the two registers' bytes; zeros let nothing out.
@@ -33,31 +35,63 @@ impl Flow {
         }
     }
 
-    /// Whether an Ethernet frame belongs to it.
+    /// Whether an Ethernet frame is one of those that leave.
     pub fn has(&self, frame: &[u8]) -> bool {
-        let Some((ethernet, packet)) = frame.split_at_checked(ETHERNET_SIZE) else { return false };
-        let Some(header) = packet.get(..20) else { return false };
-        let fragment = [header[6] & 0x3F, header[7]] != [0, 0];
-        let size = usize::from(header[0] & 0xF) * 4;
-        let Some(payload) = packet.get(size.max(20)..) else { return false };
-        let is_whole = ethernet[12..] == ETHERTYPE_IPV4 && header[0] >> 4 == 4 && !fragment;
-        let target = &header[16..20];
-        is_whole
-            && match header[9] {
-                PROTOCOL_TCP => self.connection.is_some_and(|one| one.has(target, payload)),
-                PROTOCOL_ICMP => {
-                    self.judge.is_some_and(|judge| judge == target)
-                        && payload.first() == Some(&ECHO_REQUEST)
-                }
-                _ => false,
+        let Some(Packet { protocol, to, payload, .. }) = Packet::parse(frame) else { return false };
+        self.fits(protocol, to, payload, ECHO_REQUEST, |one, ports| {
+            ports[..2] == one.own_port && ports[2..] == one.peer_port
+        })
+    }
+
+    /// Whether an Ethernet frame is an answer to those.
+    pub fn is_answered_by(&self, frame: &[u8]) -> bool {
+        let Some(Packet { protocol, from, payload, .. }) = Packet::parse(frame) else {
+            return false;
+        };
+        self.fits(protocol, from, payload, ECHO_REPLY, |one, ports| {
+            ports[..2] == one.peer_port && ports[2..] == one.own_port
+        })
+    }
+
+    fn fits(
+        &self,
+        protocol: u8,
+        other: &[u8],
+        payload: &[u8],
+        echo: u8,
+        have: impl Fn(&Connection, &[u8]) -> bool,
+    ) -> bool {
+        match protocol {
+            PROTOCOL_TCP => self
+                .connection
+                .zip(payload.get(..4))
+                .is_some_and(|(one, ports)| one.peer == other && have(&one, ports)),
+            PROTOCOL_ICMP => {
+                self.judge.is_some_and(|judge| judge == other) && payload.first() == Some(&echo)
             }
+            _ => false,
+        }
     }
 }
 
-impl Connection {
-    fn has(&self, target: &[u8], segment: &[u8]) -> bool {
-        let Some(ports) = segment.get(..4) else { return false };
-        target == self.peer && ports[..2] == self.own_port && ports[2..] == self.peer_port
+/// A whole IPv4 packet in an Ethernet frame.
+struct Packet<'a> {
+    protocol: u8,
+    from: &'a [u8],
+    to: &'a [u8],
+    payload: &'a [u8],
+}
+
+impl<'a> Packet<'a> {
+    fn parse(frame: &'a [u8]) -> Option<Self> {
+        let (ethernet, packet) = frame.split_at_checked(ETHERNET_SIZE)?;
+        let header = packet.get(..20)?;
+        let fragment = [header[6] & 0x3F, header[7]] != [0, 0];
+        let size = usize::from(header[0] & 0xF) * 4;
+        let payload = packet.get(size.max(20)..)?;
+        let is_whole = ethernet[12..] == ETHERTYPE_IPV4 && header[0] >> 4 == 4 && !fragment;
+        let (protocol, from, to) = (header[9], &header[12..16], &header[16..20]);
+        is_whole.then_some(Self { protocol, from, to, payload })
     }
 }
 
@@ -91,7 +125,34 @@ mod tests {
     fn check(frame: &[u8], expect: bool) {
         let flow = Flow::parse([198, 18, 0, 7, 0x12, 0x34, 0x56, 0x78], JUDGE);
         assert_eq!(flow.has(frame), expect, "{frame:x?}");
-        assert!(!Flow::parse([0; 8], [0; 4]).has(frame), "{frame:x?}");
+        assert!(!flow.is_answered_by(frame), "{frame:x?}");
+        let answer = turned(frame);
+        assert_eq!(flow.is_answered_by(&answer), expect, "{answer:x?}");
+        assert!(!flow.has(&answer), "{answer:x?}");
+        let none = Flow::parse([0; 8], [0; 4]);
+        assert!(!none.has(frame) && !none.is_answered_by(&answer), "{frame:x?}");
+    }
+
+    /// The frame that answers this one, if both are of a flow.
+    fn turned(frame: &[u8]) -> Vec<u8> {
+        let mut frame = frame.to_vec();
+        let ports = 14 + usize::from(frame.get(14).unwrap_or(&0) & 0xF).max(5) * 4;
+        swap(&mut frame, 26, 4);
+        match frame.get(23) {
+            Some(&PROTOCOL_TCP) => swap(&mut frame, ports, 2),
+            Some(&PROTOCOL_ICMP) if frame.len() > ports => {
+                frame[ports] ^= ECHO_REQUEST ^ ECHO_REPLY
+            }
+            _ => {}
+        }
+        frame
+    }
+
+    /// Exchanges two fields of `size` bytes, if they are there.
+    fn swap(frame: &mut [u8], at: usize, size: usize) {
+        if let Some(fields) = frame.get_mut(at..at + 2 * size) {
+            fields.rotate_left(size);
+        }
     }
 
     fn changed(frame: &[u8], at: usize, value: u8) -> Vec<u8> {

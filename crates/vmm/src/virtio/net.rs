@@ -148,7 +148,15 @@ impl<L: Link> Net<L> {
         let before = queue.next_used();
         let mut more = true;
         for count in 0..BUDGET {
-            if !self.fetch() || !self.deliver(queue, view)? {
+            if !self.fetch() {
+                more = false;
+                break;
+            }
+            if !self.is_for_guest() {
+                self.received_size = 0;
+                continue;
+            }
+            if !self.deliver(queue, view)? {
                 more = false;
                 break;
             }
@@ -179,6 +187,15 @@ impl<L: Link> Net<L> {
                 Err(_) => {}
             }
             return self.received_size > 0;
+        }
+    }
+
+    /// Whether the frame that was read is for the guest: after FREEZE, only answers to what leaves.
+    fn is_for_guest(&self) -> bool {
+        let frame = self.received[..self.received_size].get(VNET_HEADER_SIZE..).unwrap_or(&[]);
+        match &self.outgoing {
+            Outgoing::All => true,
+            Outgoing::Only(flow) => flow.is_answered_by(frame),
         }
     }
 
