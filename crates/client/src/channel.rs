@@ -17,6 +17,10 @@ use std::time::Duration;
 
 /// How long a peer may take over the hellos: an emulated guest that is busy needs a second.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// Plaintext bytes of a record that is full: with head and tag it is 44 segments of Ethernet, the most that TCP hands to a
+/// network card at once. A few bytes more, and each record would end in a packet of its own and an acknowledgement of that.
+const RECORD_FILL: usize = 44 * 1460 - RECORD_HEAD - RECORD_TAG;
+const _: () = assert!(RECORD_FILL <= RECORD_MAX);
 
 /// Why there is no channel.
 #[derive(Debug, thiserror::Error)]
@@ -230,10 +234,10 @@ impl Writer {
 impl Write for Writer {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         // Only now that there is more: after a flush nothing is left that TCP keeps for company.
-        if self.size == RECORD_MAX && !bytes.is_empty() {
+        if self.size == RECORD_FILL && !bytes.is_empty() {
             self.send(SendFlags::MORE)?;
         }
-        let count = bytes.len().min(RECORD_MAX - self.size);
+        let count = bytes.len().min(RECORD_FILL - self.size);
         self.record[RECORD_HEAD + self.size..][..count].copy_from_slice(&bytes[..count]);
         self.size += count;
         Ok(count)
