@@ -2,6 +2,10 @@
 //! runs; the ratios are what to compare between machines. `bench-node` and `bench-guest` of the lab are
 //! the node's and the guest's first programs here.
 
+mod clones;
+mod migration;
+mod probe;
+
 use std::fs;
 use std::net::Ipv4Addr;
 use std::path::{Path, PathBuf};
@@ -71,15 +75,34 @@ impl Figure {
     }
 }
 
-/// Measures everything, prints the table, and writes it to `json` where given.
-pub fn run(json: Option<&Path>) -> Result<()> {
+/// What measures a group of figures.
+type Group = fn() -> Result<Vec<Figure>>;
+
+/// The groups, in the order of the table.
+const GROUPS: [(&str, Group); 7] = [
+    ("checks", checks),
+    ("polls", polls),
+    ("sales", sales),
+    ("boot", one_node),
+    ("nodes", two_nodes),
+    ("clones", clones::run),
+    ("move", migration::run),
+];
+
+/// Measures the groups named, or all, prints the table, and writes it to `json` where given.
+pub fn run(names: &[String], json: Option<&Path>) -> Result<()> {
+    for name in names {
+        let is_known = GROUPS.iter().any(|(group, _)| group == name);
+        ensure!(is_known, "no group {name}\nhint: {}", GROUPS.map(|(group, _)| group).join(", "));
+    }
     step("setup", setup::run)?;
     build::run()?;
-    let mut figures = vec![checks()?];
-    figures.extend(polls()?);
-    figures.extend(sales()?);
-    figures.extend(one_node()?);
-    figures.push(two_nodes()?);
+    let mut figures = Vec::new();
+    for (group, measure) in GROUPS {
+        if names.is_empty() || names.iter().any(|name| name == group) {
+            figures.extend(measure()?);
+        }
+    }
     println!(
         "{:44} {:>12} {:16} {:28} {:>12} {:>7}",
         "figure", "value", "unit", "peer", "peer's", "ratio"
@@ -102,22 +125,23 @@ fn median(mut values: Vec<f64>) -> Result<f64> {
 }
 
 /// Boot packets that one core can check.
-fn checks() -> Result<Figure> {
+fn checks() -> Result<Vec<Figure>> {
     let example = ["run", "--quiet", "--release", "--package", "packetd", "--example", "checks"];
     let text = output(Command::new("cargo").args(example).current_dir(root()))?;
     let told: serde_json::Value = serde_json::from_str(&text)?;
     let rate = told["boot_checks_per_s"].as_f64().context("no rate")?;
-    Ok(Figure::new("boot-token checks, one core", rate, "1/s", "the paper (2006)", PAPER_CHECKS))
+    let peer = "the paper (2006)";
+    Ok(vec![Figure::new("boot-token checks, one core", rate, "1/s", peer, PAPER_CHECKS)])
 }
 
 /// STATUS of a thousand jobs at one node: once a second by the broker and by each job's home node is 2000.
-fn polls() -> Result<[Figure; 2]> {
+fn polls() -> Result<Vec<Figure>> {
     let example = ["run", "--quiet", "--release", "--package", "noded", "--example", "polls"];
     let text = output(Command::new("cargo").args(example).current_dir(root()))?;
     let told: serde_json::Value = serde_json::from_str(&text)?;
     let value = |key: &str| told[key].as_f64().context("no figure");
     let peer = "needed: 2 a second and job";
-    Ok([
+    Ok(vec![
         Figure::new(
             "STATUS polls of 1000 jobs, one core",
             value("status_polls_per_s")?,
@@ -136,7 +160,7 @@ fn polls() -> Result<[Figure; 2]> {
 }
 
 /// Purchases, all of them on disk when they are answered: on the broker's own store beside PostgreSQL.
-fn sales() -> Result<[Figure; 4]> {
+fn sales() -> Result<Vec<Figure>> {
     let example = ["run", "--quiet", "--release", "--package", "broker", "--example", "sales"];
     let text = output(Command::new("cargo").args(example).current_dir(root()))?;
     let told: serde_json::Value = serde_json::from_str(&text)?;
@@ -145,7 +169,7 @@ fn sales() -> Result<[Figure; 4]> {
         let peer = "broker on PostgreSQL";
         Ok(Figure::new(name, value("sqlite")?, unit, peer, value("postgres")?))
     };
-    Ok([
+    Ok(vec![
         figure("purchases on the embedded store", "purchases_per_s", "1/s")?,
         figure("broker's processor time a purchase", "cpu_us_per_purchase", "us")?,
         figure("broker's memory under purchases", "memory_kib", "KiB")?,
@@ -154,7 +178,7 @@ fn sales() -> Result<[Figure; 4]> {
 }
 
 /// Boot time and memory of a VM beside QEMU's in the same node.
-fn one_node() -> Result<[Figure; 2]> {
+fn one_node() -> Result<Vec<Figure>> {
     let bench = Bench::up(1, RUNS)?;
     let told = bench.lab.console(1)?;
     let qemu_boot = median(numbers(&told, "bench: qemu", "boot_ms="))?;
@@ -170,14 +194,14 @@ fn one_node() -> Result<[Figure; 2]> {
     }
     bench.lab.down()?;
     let peer = "QEMU microvm, same node";
-    Ok([
+    Ok(vec![
         Figure::new("BOOT sent to user space", median(boots)?, "ms", peer, qemu_boot),
         Figure::new("private memory of an idle VM", median(privates)?, "KiB", peer, qemu_private),
     ])
 }
 
 /// Bootstrapping every node at once beside one node alone.
-fn two_nodes() -> Result<Figure> {
+fn two_nodes() -> Result<Vec<Figure>> {
     let bench = Bench::up(2, 0)?;
     let (mut alone, mut together) = (Vec::new(), Vec::new());
     for _ in 0..RUNS {
@@ -197,7 +221,8 @@ fn two_nodes() -> Result<Figure> {
     }
     bench.lab.down()?;
     let (alone, together) = (median(alone)?, median(together)?);
-    Ok(Figure::new("bootstrap of all (2) nodes at once", together, "ms", "one node alone", alone))
+    let name = "bootstrap of all (2) nodes at once";
+    Ok(vec![Figure::new(name, together, "ms", "one node alone", alone)])
 }
 
 /// The numbers behind `name` in the lines that start with `line`.
@@ -212,13 +237,20 @@ fn numbers(text: &str, line: &str, name: &str) -> Vec<f64> {
 struct Bench {
     lab: Lab,
     broker: Broker,
+    /// The key of the customer's account.
+    account: String,
     loader: Vec<u8>,
     layout: Layout,
+    dir: PathBuf,
 }
 
 impl Bench {
     /// Brings up `nodes` nodes, each of which runs the peer `runs` times first.
     fn up(nodes: u8, runs: usize) -> Result<Self> {
+        Self::up_with(&Shape { nodes, memory_mib: NODE_MIB, vcpus: 2, ..Shape::default() }, runs)
+    }
+
+    fn up_with(shape: &Shape, runs: usize) -> Result<Self> {
         let dir = std::env::temp_dir().join(format!("onde-bench-{}", std::process::id()));
         let files = dir.join("files");
         fs::create_dir_all(&files)?;
@@ -227,17 +259,17 @@ impl Bench {
         fs::write(files.join("runs"), runs.to_string())?;
         fs::write(files.join("cmdline"), CMDLINE)?;
         let kernel = KernelCache::find()?;
-        let shape = Shape { nodes, memory_mib: NODE_MIB, vcpus: 2, ..Shape::default() };
+        let nodes = shape.nodes;
         let progress = Step::new(&format!("{nodes} node(s) boot; the peer runs {runs} times"));
-        let lab = Lab::up_for_now(&dir.join("lab"), &shape, &extras(&kernel, &files)?)?;
+        let lab = Lab::up_for_now(&dir.join("lab"), shape, &extras(&kernel, &files)?)?;
         progress.done("ready");
         fs::remove_dir_all(&files)?;
         lab.enter()?;
-        let broker = customer(&lab, nodes)?;
+        let (broker, account) = customer(&lab, nodes)?;
         let loader = fs::read(programs::find("loader")?)?;
         let (vmlinux, initrd) = (fs::read(kernel.vmlinux)?, guest_image()?);
         let layout = layout::cold(&vmlinux, &initrd, CMDLINE, u64::from(GUEST_MIB) << 20)?;
-        Ok(Self { lab, broker, loader, layout })
+        Ok(Self { lab, broker, account, loader, layout, dir })
     }
 
     /// Buys and boots a VM; how long it took from the BOOT packet to the guest's first line.
@@ -289,7 +321,7 @@ impl Bench {
 }
 
 /// A customer's account with more than all runs can use, once the broker sees the nodes.
-fn customer(lab: &Lab, nodes: u8) -> Result<Broker> {
+fn customer(lab: &Lab, nodes: u8) -> Result<(Broker, String)> {
     let url = &lab.broker_url()?;
     let operator = Broker::new(url, fs::read_to_string(lab.dir().join("admin.key"))?.trim())?;
     let opened = operator.open_account("bench")?;
@@ -301,12 +333,12 @@ fn customer(lab: &Lab, nodes: u8) -> Result<Broker> {
         ensure!(begun.elapsed() < BOOT_MAX, "the broker does not see all nodes");
         std::thread::sleep(LOOK_PERIOD);
     }
-    Ok(broker)
+    Ok((broker, opened.key))
 }
 
 /// The guest's initramfs: `bench-guest` alone.
 fn guest_image() -> Result<Vec<u8>> {
-    guest::single(&programs::find("bench-guest")?)
+    guest::single(&programs::find("bench-guest")?, &[])
 }
 
 /// What the node needs to run the peer: our first program, QEMU with its libraries and firmware, the guest.
@@ -318,8 +350,10 @@ fn extras(kernel: &KernelCache, files: &Path) -> Result<Vec<Extra>> {
         extra(programs::find("noded")?, "bin/noded"),
         extra(kernel.vmlinux.clone(), "bench/vmlinux"),
     ];
-    for name in ["guest.cpio", "runs", "cmdline"] {
-        extras.push(extra(files.join(name), &format!("bench/{name}")));
+    for entry in fs::read_dir(files)? {
+        let file = entry?;
+        let name = file.file_name();
+        extras.push(extra(file.path(), &format!("bench/{}", name.to_string_lossy())));
     }
     // QEMU is the distribution's own program, so asking its loader is safe.
     let libraries = output(Command::new("ldd").arg(&qemu))?;

@@ -38,6 +38,8 @@ enum Cmd {
     Test,
     /// Measure Onde beside its peers
     Bench {
+        /// Only these groups: checks, polls, sales, boot, nodes, clones, move (default: all)
+        groups: Vec<String>,
         /// Write the figures to this file, too
         #[arg(long, value_name = "FILE")]
         json: Option<PathBuf>,
@@ -70,7 +72,7 @@ fn main() -> ExitCode {
         Cmd::Build => build::run(),
         Cmd::Demo => demo::run(),
         Cmd::Test => test::run(),
-        Cmd::Bench { json } => bench::run(json.as_deref()),
+        Cmd::Bench { groups, json } => bench::run(&groups, json.as_deref()),
         Cmd::Tcb => tcb::run(),
         Cmd::Sim { schedules, seed } => sim::run(schedules, seed),
         Cmd::Fuzz { target, seconds } => fuzz::run(target.as_deref(), seconds),

@@ -1,7 +1,7 @@
 //! Small guests that are none of Onde's: a customer's own system for `onde boot`, with a shell of the host, and one
 //! program alone for the benchmarks. Only builds their initramfs; starts nothing.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use cpio::newc::ModeFileType;
@@ -28,10 +28,21 @@ pub fn initramfs(init: &str) -> Result<Vec<u8>> {
     image.end()
 }
 
-/// An initramfs of one static program, which writes to the console.
-pub fn single(init: &Path) -> Result<Vec<u8>> {
+/// An initramfs of one static program, which writes to the console, and the modules that it is to load, in this order.
+pub fn single(init: &Path, modules: &[PathBuf]) -> Result<Vec<u8>> {
     let mut image = Image::new(Vec::new());
     // The kernel's own initramfs has the console.
     image.add_file("init", init)?;
+    let mut names = String::new();
+    for module in modules {
+        let name = module.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        image.add_file(&name, module)?;
+        names.push_str(&name);
+        names.push('\n');
+    }
+    for folder in ["proc", "sys"] {
+        image.add(folder, ModeFileType::Directory, 0o755, &[])?;
+    }
+    image.add("modules", ModeFileType::Regular, 0o644, names.as_bytes())?;
     image.end()
 }

@@ -1,7 +1,10 @@
 //! `/init` of a node image for `cargo xtask bench`: first runs the peer, QEMU's microvm on the node's KVM, with
 //! the same guest; then watches how much private memory each `vmm` has; and becomes `noded`. Its results are
-//! lines on the node's console. Never part of what is shipped.
+//! lines on the node's console. Where `/bench/mover` is, it is the peer's host in the migration benchmark
+//! instead ([`mover`]), until it is told to become `noded`. Never part of what is shipped.
 #![forbid(unsafe_code)]
+
+mod mover;
 
 use std::ffi::CStr;
 use std::fs;
@@ -20,6 +23,8 @@ const MARK: &str = "onde-bench: user space";
 const GUEST_MIB: u64 = 256;
 /// A guest that has not started by then never will: ten times the slowest seen.
 const GUEST_START_MAX: Duration = Duration::from_secs(60);
+/// More VMs than this are many.
+const MANY: usize = 4;
 /// How long a guest idles before its VMM's memory is read: its first housekeeping is over by then.
 const SETTLE: Duration = Duration::from_secs(2);
 
@@ -34,6 +39,10 @@ fn main() {
 fn run() -> Result<()> {
     mount_file_systems()?;
     load_modules()?;
+    if Path::new(mover::MARK).exists() {
+        mover::serve()?;
+        bail!("noded does not start: {}", Command::new("/bin/noded").exec())
+    }
     let runs: u32 = fs::read_to_string("/bench/runs")?.trim().parse()?;
     for _ in 0..runs {
         let (boot_ms, private_kib) = qemu_run()?;
@@ -46,7 +55,9 @@ fn run() -> Result<()> {
 
 fn mount_file_systems() -> Result<()> {
     let none: Option<&CStr> = None;
-    for (kind, target) in [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev")] {
+    let all =
+        [("proc", "/proc"), ("sysfs", "/sys"), ("devtmpfs", "/dev"), ("cgroup2", "/sys/fs/cgroup")];
+    for (kind, target) in all {
         mount(kind, target, kind, MountFlags::empty(), none)
             .with_context(|| format!("mount {target}"))?;
     }
@@ -116,10 +127,33 @@ fn private_kib(pid: u32) -> Result<u64> {
     Ok(private)
 }
 
-/// Prints the private memory of every `vmm` once a second, for as long as the node lives.
+/// What each VM's control group holds: all that its VMM and its guest have for themselves, the kernel's share included.
+fn print_groups() -> Result<usize> {
+    let mut held_kib = Vec::new();
+    for node in fs::read_dir("/sys/fs/cgroup")?.flatten() {
+        for group in fs::read_dir(node.path()).into_iter().flatten().flatten() {
+            if let Ok(bytes) = fs::read_to_string(group.path().join("memory.current"))
+                && group.file_name().as_encoded_bytes().starts_with(b"vm-")
+            {
+                held_kib.push(bytes.trim().parse::<u64>()? >> 10);
+            }
+        }
+    }
+    held_kib.sort_unstable();
+    if let Some(median) = held_kib.get(held_kib.len() / 2) {
+        println!("bench: groups count={} median_kib={median}", held_kib.len());
+    }
+    Ok(held_kib.len())
+}
+
+/// Prints the private memory of every `vmm` once a second, for as long as the node lives; of many, their groups' alone,
+/// since to look at each page of each would keep the node busy.
 fn watch_vmms() -> Result<()> {
     loop {
         std::thread::sleep(Duration::from_secs(1));
+        if print_groups()? > MANY {
+            continue;
+        }
         for entry in fs::read_dir("/proc")?.flatten() {
             let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok()) else {
                 continue;

@@ -1,0 +1,69 @@
+//! What a guest does while it is moved: answers each UDP probe with the same bytes, and writes to every page of a
+//! known set all the time. Called by `main`.
+
+use std::fs;
+use std::net::{Ipv4Addr, UdpSocket};
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use onde_sys::inet::Inet;
+use onde_sys::link::Links;
+use rustix::mount::{MountFlags, mount};
+
+/// Where probes come in.
+const PORT: u16 = 7007;
+const PAGE: usize = 4096;
+/// Most of a probe that is answered.
+const PROBE_MAX: usize = 64;
+
+/// As `/init`: brings the network up where the command line says so, and serves.
+pub fn boot() -> Result<()> {
+    mount("proc", "/proc", "proc", MountFlags::empty(), None)?;
+    let line = fs::read_to_string("/proc/cmdline")?;
+    let value = |name: &str| {
+        line.split_whitespace().find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+    };
+    let Some(address) = value("bench.ipv4") else { return Ok(()) };
+    let address: Ipv4Addr = address.parse()?;
+    mount("sysfs", "/sys", "sysfs", MountFlags::empty(), None)?;
+    for name in fs::read_to_string("/modules")?.lines() {
+        let file = fs::File::open(Path::new("/").join(name))?;
+        rustix::system::finit_module(file, c"", 0).with_context(|| format!("load {name}"))?;
+    }
+    let links = Links::open()?;
+    links.set_up(c"lo", true)?;
+    // A guest that was moved tells its neighbours: QEMU asks it to.
+    let _ = fs::write("/proc/sys/net/ipv4/conf/eth0/arp_notify", "1");
+    Inet::open()?.set_address(c"eth0", address, 15)?;
+    links.set_up(c"eth0", true)?;
+    serve(value("bench.dirty_mib").unwrap_or("0"))
+}
+
+/// Answers probes for ever; another thread writes to `dirty_mib` MiB.
+pub fn serve(dirty_mib: &str) -> Result<()> {
+    let size = dirty_mib.parse::<usize>()? << 20;
+    if size > 0 {
+        std::thread::spawn(move || dirty(size));
+    }
+    let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
+    println!("onde-bench: echo");
+    let mut probe = [0; PROBE_MAX];
+    loop {
+        let (size, from) = socket.recv_from(&mut probe)?;
+        // A prober that is gone is no reason to end.
+        let _ = socket.send_to(&probe[..size], from);
+    }
+}
+
+/// Writes to each page of the set, over and over.
+fn dirty(size: usize) {
+    let mut set = vec![1u8; size];
+    loop {
+        for page in set.chunks_mut(PAGE) {
+            page[0] = page[0].wrapping_add(1);
+        }
+        std::hint::black_box(&set);
+        // A pause makes the rate the set's size by the pause, whatever the processor.
+        std::thread::sleep(std::time::Duration::from_millis(10));
+    }
+}
