@@ -12,6 +12,8 @@ use std::time::Duration;
 /// A node's clock and this one may differ by this much, and by one part in [`DRIFT`] of the time. Less, and an answer
 /// that was long on its way would make an honest node a cheat.
 const CLOCK_SLACK_MS: u64 = 10_000;
+/// So may two clocks of a node: the one that processor time is counted by and the one that ages are. A VM that is busy for
+/// hours uses what went by and a little more.
 const DRIFT: u64 = 64;
 /// A STATUS tells the age of now and meters of the last charge: processor time of so long may come at once, ms.
 const METER_SLACK_MS: u64 = 5_000;
@@ -152,7 +154,10 @@ impl Judge {
 
     /// Between two answers a VM cannot have used more processor time than went by, wherever it was idle before.
     fn check_cpu(&mut self, deal: &Deal, status: &JobStatus) -> Result<(), Cheat> {
-        let most_us = |ms: u64| ms.saturating_mul(1000).saturating_mul(deal.vcpus.into());
+        let most_us = |ms: u64| {
+            let us = ms.saturating_mul(1000).saturating_mul(deal.vcpus.into());
+            us.saturating_add(us / DRIFT)
+        };
         let (age_ms, cpu_us) =
             self.last.map_or((status.age_ms, status.cpu_us), |last| (last.age_ms, last.cpu_us));
         let room = match self.last {
@@ -202,7 +207,8 @@ fn check_age(first_ms: u64, elapsed: Duration, age_ms: u64) -> Result<(), Cheat>
 fn check_meters(deal: &Deal, status: &JobStatus) -> Result<(), Cheat> {
     let age = u128::from(status.age_ms);
     let disk_mib = u128::from(deal.disk_mib) + u128::from(deal.mem_mib);
-    let cpu_ms = u128::from(deal.vcpus) * (age + u128::from(METER_SLACK_MS));
+    let cpu_ms =
+        u128::from(deal.vcpus) * (age + age / u128::from(DRIFT) + u128::from(METER_SLACK_MS));
     let meters = [
         ("processor microseconds", status.cpu_us, cpu_ms * 1000),
         ("MiB-milliseconds of memory", status.mem_mib_ms, u128::from(deal.mem_mib) * age),
@@ -257,6 +263,10 @@ mod tests {
             &[(0, JobStatus { spent_micro: idle.spent_micro / 2, balance_micro: 1 << 40, ..idle })],
             Ok(()),
         );
+        // A day at full load, by a clock that runs a hundredth faster than the other.
+        let day: Vec<_> =
+            (0..86_400).step_by(99).map(|at| (at, honest(at, at + at / 100, 100_000))).collect();
+        check(&day, Ok(()));
         // An answer that was on its way for nine seconds.
         check(&[(9, honest(1, 0, 30)), (10, honest(11, 9, 30))], Ok(()));
         // A VM that was saved holds disk.
@@ -291,15 +301,15 @@ mod tests {
         let first = honest(100, 0, 200);
         check(&[(0, first), (64, honest(100 + 64 + 1 + 10, 0, 200))], Ok(()));
         check(&[(0, first), (64, honest(100 + 64 + 1 + 11, 0, 200))], Err(Cheat::Hurry(1000)));
-        let all = impossible("processor microseconds", 106_000_000, 105_000_000);
-        check(&[(0, honest(100, 106, 300))], all);
+        let all = impossible("processor microseconds", 107_000_000, 106_562_000);
+        check(&[(0, honest(100, 107, 300))], all);
         // Idle for long is no credit for a burst.
         check(&[(0, first), (1, honest(101, 6, 200))], Ok(()));
         let burst = |told, most| impossible("processor microseconds at once", told, most);
-        check(&[(0, first), (1, honest(101, 7, 200))], burst(7_000_000, 6_000_000));
+        check(&[(0, first), (1, honest(101, 7, 200))], burst(7_000_000, 6_093_750));
         check(
             &[(0, first), (1, honest(101, 6, 200)), (2, honest(102, 8, 200))],
-            burst(2_000_000, 1_000_000),
+            burst(2_000_000, 1_109_375),
         );
         let mem = JobStatus { mem_mib_ms: first.mem_mib_ms + 1, ..first };
         check(
