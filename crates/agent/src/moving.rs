@@ -41,8 +41,12 @@ const PROGRESS: Duration = Duration::from_millis(250);
 const ANNOUNCEMENTS: [Duration; 3] =
     [Duration::from_millis(100), Duration::from_millis(400), Duration::from_millis(1500)];
 
-/// Moves this machine to the VM of `ticket`. Returns well in the copy only.
-pub fn run(guest: &Guest, client: &mut FrameWriter<Writer>, ticket: &[u8]) -> Result<(), Failed> {
+/// Moves this machine to the VM of `ticket`. Returns well in the copy only: then [`settle_in`] is due.
+pub fn run(
+    guest: &Guest,
+    client: &mut FrameWriter<Writer>,
+    ticket: &[u8],
+) -> Result<Announcer, Failed> {
     let words = |error: anyhow::Error| Failed::Machine(format!("{error:#}"));
     let target = Ticket::parse(ticket).and_then(|ticket| Target::parse(&ticket));
     let target = target.ok_or(Failed::Machine("a boot token of another version".to_owned()))?;
@@ -64,7 +68,10 @@ pub fn run(guest: &Guest, client: &mut FrameWriter<Writer>, ticket: &[u8]) -> Re
         }
     });
     match moved {
-        Ok(None) => arrive(guest, copying.machine(), announcer),
+        Ok(None) => {
+            arrive(guest, copying.machine(), &announcer)?;
+            Ok(announcer)
+        }
         Ok(Some(ended)) => {
             let Some(why) = judge.settle(ended, &mut vm) else {
                 copying.machine().command(REG_COMMIT, 1);
@@ -74,18 +81,18 @@ pub fn run(guest: &Guest, client: &mut FrameWriter<Writer>, ticket: &[u8]) -> Re
                 }
             };
             snapshot::undo(copying.machine());
-            stay();
+            thaw_neighbours();
             Err(Failed::Machine(why))
         }
         Err(failed) => {
-            stay();
+            thaw_neighbours();
             Err(explain(vm, failed))
         }
     }
 }
 
-/// The source goes on.
-fn stay() {
+/// The freezing is over: neighbours are asked as usual.
+fn thaw_neighbours() {
     // A kernel that took the other value takes this one.
     let _ = network::hold_neighbours(false);
 }
@@ -266,8 +273,8 @@ impl Ear<'_> {
     }
 }
 
-/// The copy, which is the machine from now on.
-fn arrive(guest: &Guest, machine: &mut impl Machine, announcer: Announcer) -> Result<(), Failed> {
+/// The copy, which is the machine from now on: what its programs and its client wait for.
+fn arrive(guest: &Guest, machine: &mut impl Machine, announcer: &Announcer) -> Result<(), Failed> {
     let identity = machine.identity()?;
     // First of all: until then the bridges send its packets to the source.
     if let Err(error) = announcer.announce() {
@@ -277,9 +284,6 @@ fn arrive(guest: &Guest, machine: &mut impl Machine, announcer: Announcer) -> Re
     guest.pocket.empty();
     machine.start_programs();
     guest.door.move_to(identity.job, &identity.job_key);
-    stay();
-    announce_again(announcer);
-    println!("onde-agent: moved to job {}", hex(&identity));
     Ok(())
 }
 
@@ -299,6 +303,11 @@ fn announce_again(announcer: Announcer) {
 }
 
 /// What else there is to do in a machine that moved, once its client knows.
-pub fn settle_in(guest: &Guest) {
+pub fn settle_in(guest: &Guest, announcer: Announcer) {
+    thaw_neighbours();
+    announce_again(announcer);
+    if let Ok(identity) = crate::guest::identity() {
+        println!("onde-agent: moved to job {}", hex(&identity));
+    }
     hooks::run(&guest.children, hooks::MOVED);
 }

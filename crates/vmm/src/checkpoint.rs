@@ -63,6 +63,8 @@ impl Checkpoint {
             self.collect(vm)?;
             self.disk.iter().try_for_each(|disk| disk.mark_data())?;
             prepare_window(&self.frozen)?;
+        } else if self.held.is_none() {
+            clear_window(&self.frozen)?;
         }
         self.tracking = on;
         Ok(())
