@@ -16,9 +16,7 @@ const LOOPBACK: &CStr = c"lo";
 const DEVICE: &CStr = c"eth0";
 
 /// Kernel settings, and why. A kernel without one of them works too.
-const SETTINGS: [(&str, &str); 4] = [
-    // The address is told to the neighbours when the device comes up: a waiting customer is heard at once.
-    ("/proc/sys/net/ipv4/conf/eth0/arp_notify", "1"),
+const SETTINGS: [(&str, &str); 3] = [
     // No IPv6 in a cluster yet: spares the node its searches for routers and duplicates.
     ("/proc/sys/net/ipv6/conf/eth0/disable_ipv6", "1"),
     // A customer who is gone is given up after about 100 s instead of 15 minutes (RFC 1122, 4.2.3.5).
@@ -52,7 +50,14 @@ pub fn bring_up(identity: &Identity) -> Result<()> {
         inet.set_gateway(gateway).with_context(|| format!("cannot use the gateway {gateway}"))?;
         write_new("/etc/resolv.conf", &format!("nameserver {gateway}\n"))?;
     }
-    write_new("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")
+    write_new("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")?;
+    // Now that it can answer: the kernel's own announcement (`arp_notify`) comes before its routes, and what a waiting
+    // customer sends upon it is lost, for a second.
+    let announced = Announcer::open(identity).and_then(|announcer| Ok(announcer.announce()?));
+    if let Err(error) = announced {
+        eprintln!("onde-agent: eth0 is not announced: {error:#}");
+    }
+    Ok(())
 }
 
 /// Lets nothing out of a machine's copy until it has an address of its own. Forgets routes and neighbours, too.
@@ -84,8 +89,8 @@ pub fn hold_neighbours(on: bool) -> io::Result<()> {
 /// Bytes of an Ethernet frame with an ARP packet for IPv4 (RFC 826).
 const ARP_SIZE: usize = 42;
 
-/// What tells the network where this machine is. Made in the source of a move, so that the copy has nothing to do but to
-/// send: until then the bridges take packets for it to where it was.
+/// What tells the network where this machine is. For a move it is made in the source, so that the copy has nothing to do but
+/// to send: until then the bridges take packets for it to where it was.
 pub struct Announcer {
     socket: PacketSocket,
     frame: [u8; ARP_SIZE],
