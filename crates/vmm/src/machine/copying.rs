@@ -15,6 +15,7 @@ use crate::kvm::copying::VmState;
 use crate::kvm::vcpu_state::VcpuState;
 use crate::state::{State, emit_serial, parse_serial};
 use crate::virtio::Outgoing;
+use crate::virtio::flow::Flow;
 use crate::virtio::mmio::{self, Slot};
 
 /// A full state, checked: the machine that this one goes on from.
@@ -57,7 +58,8 @@ impl Machine {
         checkpoint.fill(&self.save(role, vcpus)?.emit(), pages)?;
         let mut control = self.bus.control();
         control.be_source();
-        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::Only(control.flow()));
+        let flow = if role == ROLE_MOVED { control.flow() } else { Flow::default() };
+        self.bus.virtio[VIRTIO_NET as usize].hold(Outgoing::Only(flow));
         Ok(RESULT_OK)
     }
 

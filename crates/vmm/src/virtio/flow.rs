@@ -2,8 +2,8 @@
 //! that ask what became of it. All others are the copy's to send. What comes in but their answers is lost to the copy
 //! anyway, and would keep the source from its work. The network device asks for each frame.
 
-/// What REG_FLOW and REG_JUDGE say.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What REG_FLOW and REG_JUDGE say. By default nothing leaves, and nothing that comes in is an answer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Flow {
     connection: Option<Connection>,
     judge: Option<[u8; 4]>,
@@ -41,6 +41,11 @@ impl Flow {
         self.fits(protocol, to, payload, ECHO_REQUEST, |one, ports| {
             ports[..2] == one.own_port && ports[2..] == one.peer_port
         })
+    }
+
+    /// Whether nothing leaves.
+    pub fn is_none(&self) -> bool {
+        *self == Self::default()
     }
 
     /// Whether an Ethernet frame is an answer to those.

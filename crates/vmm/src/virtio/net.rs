@@ -190,12 +190,13 @@ impl<L: Link> Net<L> {
         }
     }
 
-    /// Whether the frame that was read is for the guest: after FREEZE, only answers to what leaves.
+    /// Whether the frame that was read is for the guest: after FREEZE, only answers to what leaves. One that will not move
+    /// goes on in a moment and misses nothing.
     fn is_for_guest(&self) -> bool {
         let frame = self.received[..self.received_size].get(VNET_HEADER_SIZE..).unwrap_or(&[]);
         match &self.outgoing {
             Outgoing::All => true,
-            Outgoing::Only(flow) => flow.is_answered_by(frame),
+            Outgoing::Only(flow) => flow.is_none() || flow.is_answered_by(frame),
         }
     }
 
@@ -449,6 +450,33 @@ mod tests {
         net.link.incoming.push_back(frame);
         assert!(net.fetch());
         assert_eq!(net.received[TARGET_MAC], [2; 6]);
+    }
+
+    #[test]
+    fn a_machine_that_moves_hears_only_answers() {
+        let judge = [198, 18, 0, 7];
+        let mut answer = crate::virtio::flow::echo_request([0; 4]);
+        answer[26..30].copy_from_slice(&judge);
+        answer[34] = 0;
+        let answer = [vec![0; VNET_HEADER_SIZE], answer].concat();
+        let heard = |outgoing| {
+            let view = View::from_ranges(&[(GuestAddress(0), 0x40000)]).unwrap();
+            let mock = MockSplitQueue::new(&view, 16);
+            for index in 0..4 {
+                let buffer = Descriptor::new(BUFFER + 0x1000 * index, 2000, WRITE, 0);
+                mock.add_desc_chains(&[RawDescriptor::from(buffer)], index as u16).unwrap();
+            }
+            let mut queues = [mock.create_queue().unwrap(), Queue::new(16).unwrap()];
+            let mut net = net(&[60, 60], 0);
+            net.link.incoming.push_back(answer.clone());
+            net.hold(outgoing);
+            net.process(&mut queues, RX, &view).unwrap();
+            queues[RX].next_used()
+        };
+        assert_eq!(heard(Outgoing::Only(Flow::parse([0; 8], judge))), 1);
+        // One that is only copied goes on in a moment.
+        assert_eq!(heard(Outgoing::Only(Flow::default())), 3);
+        assert_eq!(heard(Outgoing::All), 3);
     }
 
     #[test]
