@@ -3,14 +3,16 @@
 //! finds a move half done asks the new VM's node, and goes on from there. `migrate`, `ps` and whoever pays call it.
 
 use anyhow::Result;
+use onde_client::api::Hex;
 use onde_client::echo::{Echo, Policy};
-use onde_client::home::Home;
+use onde_client::home::{Home, STEP_PERIOD};
 use onde_client::job::{JOBS_MAX, Job};
 use onde_client::migration::Word;
 use onde_client::node::NodeError;
 use onde_wire::packet::JobStatus;
 use onde_wire::token::JobId;
-use std::sync::mpsc::Receiver;
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
+use std::time::Instant;
 
 use crate::cluster::Cluster;
 use crate::payer::{self, Outcome};
@@ -48,30 +50,45 @@ pub fn pay(
     report: &Report,
     dismissed: &Receiver<()>,
 ) -> Outcome {
-    // No VM moves more often than there are files.
-    for _ in 1..JOBS_MAX {
+    let mut unsure_since = None;
+    // No VM moves more often than there are files; an answer that is awaited counts for nothing.
+    let mut moves = 1;
+    while moves < JOBS_MAX {
         let outcome = payer::run(home, Progress::of(job), report, dismissed);
-        let is_over = matches!(outcome, Outcome::Over(_) | Outcome::Lost);
-        if !is_over || !lives_on(cluster, &job.id.0).unwrap_or(false) {
+        if !matches!(outcome, Outcome::Over(_) | Outcome::Lost) {
             return outcome;
+        }
+        // The one that the home node saw end: its file may name another by now.
+        let over = home.job().map(|job| job.id.0);
+        match over.map_err(Into::into).and_then(|over| lives_on(cluster, &over)) {
+            Ok(Some(true)) => (moves, unsure_since) = (moves + 1, None),
+            Ok(Some(false)) => return outcome,
+            // Whoever takes it for dead now would end the copy: its node is asked as long as any node is.
+            Ok(None) | Err(_) => {
+                let since = *unsure_since.get_or_insert_with(Instant::now);
+                if since.elapsed() > payer::LOST {
+                    return outcome;
+                }
+                if !matches!(dismissed.recv_timeout(STEP_PERIOD), Err(RecvTimeoutError::Timeout)) {
+                    return Outcome::Dismissed;
+                }
+            }
         }
     }
     Outcome::Dismissed
 }
 
-/// Whether the VM of a job that is over has moved and lives.
-fn lives_on(cluster: &Cluster, id: &JobId) -> Result<bool> {
-    let over = cluster.jobs.current(id)?;
+/// Whether the VM of a job that is over has moved and lives. `None` where a new node was to take it and has not said.
+fn lives_on(cluster: &Cluster, over: &JobId) -> Result<Option<bool>> {
     let mut echo = Echo::open()?;
     let jobs = cluster.jobs.list()?;
-    for new in jobs.iter().filter(|new| new.moves == Some(over.id) && new.settled.is_none()) {
+    let mut is_sure = true;
+    for new in jobs.iter().filter(|new| new.moves == Some(Hex(*over)) && new.settled.is_none()) {
         let answer = new.handle().status(&mut echo, Policy::default());
-        let now = finish(cluster, new, &answer)?;
-        if now.is_some_and(|new| new.settled.is_none()) {
-            return Ok(true);
-        }
+        is_sure &= finish(cluster, new, &answer)?.is_some();
     }
-    Ok(cluster.jobs.current(id)?.id != over.id)
+    let has_moved = cluster.jobs.current(over)?.id.0 != *over;
+    Ok((has_moved || is_sure).then_some(has_moved))
 }
 
 /// The new VM has lived: it takes the old one's place, and the old one gives change.

@@ -19,7 +19,7 @@ use crate::report::Report;
 use crate::table::{cost, span};
 
 /// A node that is silent for so long is lost: half of what the broker allows it before it credits.
-const LOST: Duration = Duration::from_secs(30);
+pub const LOST: Duration = Duration::from_secs(30);
 /// Silence that is worth a word.
 const SILENT: Duration = Duration::from_secs(5);
 

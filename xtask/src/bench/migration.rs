@@ -18,9 +18,25 @@ use super::probe::{Probe, pace};
 use super::{BOOT_MAX, CMDLINE, Figure, GUEST_MIB, LOOK_PERIOD, NODE_MIB, RUNS};
 use super::{customer, extras, median};
 
-/// What a guest writes to all the time, MiB, and the names of the rows.
-const CASES: [(u32, &str); 2] =
-    [(0, "silence of a moved guest, idle"), (8, "silence of a moved guest, writing 8 MiB")];
+/// What a guest writes to all the time, MiB, and the names of its rows.
+const CASES: [(u32, [&str; 3]); 2] = [
+    (
+        0,
+        [
+            "silence of a moved guest, idle",
+            "time to move an idle guest",
+            "bytes sent to move an idle guest",
+        ],
+    ),
+    (
+        8,
+        [
+            "silence of a moved guest, writing 8 MiB",
+            "time to move a guest writing 8 MiB",
+            "bytes sent to move a guest writing 8 MiB",
+        ],
+    ),
+];
 /// QEMU's guest, where no guest of the broker's comes.
 const QEMU_GUEST: Ipv4Addr = Ipv4Addr::new(198, 18, 255, 200);
 /// Where `bench-node` takes commands.
@@ -53,9 +69,13 @@ pub fn run() -> Result<Vec<Figure>> {
     let customer = Customer { broker, dir: &dir };
     customer.onde(&["account", "use", &key, "--broker", &lab.broker_url()?])?;
     let mut figures = Vec::new();
-    for ((dirty_mib, name), peer) in CASES.into_iter().zip(peer) {
-        let own = median(customer.moves(dirty_mib)?)?;
-        figures.push(Figure::new(name, own, "ms", "QEMU pre-copy, same nodes", median(peer)?));
+    for ((dirty_mib, names), peer) in CASES.into_iter().zip(peer) {
+        let own = customer.moves(dirty_mib)?;
+        for (index, (name, unit)) in names.into_iter().zip(["ms", "ms", "KiB"]).enumerate() {
+            let of = |moves: &[[f64; 3]]| median(moves.iter().map(|all| all[index]).collect());
+            let qemu = "QEMU pre-copy, same nodes";
+            figures.push(Figure::new(name, of(&own)?, unit, qemu, of(&peer)?));
+        }
     }
     progress.done("measured");
     lab.down()?;
@@ -63,42 +83,51 @@ pub fn run() -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// Silences of QEMU's guest, ms.
-fn qemu(dirty_mib: u32) -> Result<Vec<f64>> {
+/// A move: silence, ms; time, ms; bytes sent, KiB.
+type Move = [f64; 3];
+
+/// Moves of QEMU's guest.
+fn qemu(dirty_mib: u32) -> Result<Vec<Move>> {
     let mut hosts = [Host::call(1)?, Host::call(2)?];
     hosts[0].tell(&format!("start {dirty_mib}"))?;
     wait_for(QEMU_GUEST)?;
     let period = pace(QEMU_GUEST)?;
-    let mut silences = Vec::new();
+    let mut moves = Vec::new();
     for run in 0..RUNS {
         let (from, to) = (run % 2, 1 - run % 2);
         hosts[to].tell("wait")?;
         let target = format!("move {}", node(to as u8 + 1));
-        silences.push(silence(QEMU_GUEST, period, || hosts[from].tell(&target).map(drop))?);
+        moves.push(measure(QEMU_GUEST, period, || {
+            let told = hosts[from].tell(&target)?;
+            let sent = told.split("sent=").nth(1).context("no bytes sent")?;
+            Ok(sent.parse::<f64>()? / 1024.0)
+        })?);
         hosts[from].tell("end")?;
     }
     for mut host in hosts {
         host.tell("end")?;
     }
-    Ok(silences)
+    Ok(moves)
 }
 
 fn node(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(198, 18, number, 1)
 }
 
-/// The longest silence of `guest`, ms, while `act` moves it.
-fn silence(guest: Ipv4Addr, period: Duration, act: impl FnOnce() -> Result<()>) -> Result<f64> {
+/// Measures while `act` moves `guest` and tells the KiB that were sent.
+fn measure(guest: Ipv4Addr, period: Duration, act: impl FnOnce() -> Result<f64>) -> Result<Move> {
     let probe = Probe::start(guest, period)?;
     std::thread::sleep(MARGIN);
     let begun = Instant::now();
-    act()?;
+    let sent_kib = act()?;
     let took = begun.elapsed();
     wait_for(guest)?;
     std::thread::sleep(MARGIN);
     let silence = probe.end()?.silence.saturating_sub(period);
-    println!("moved in {took:.1?}, silent for {silence:.0?} at a probe each {period:.0?}");
-    Ok(silence.as_secs_f64() * 1000.0)
+    println!(
+        "moved in {took:.1?}, silent for {silence:.0?} at a probe each {period:.0?}, {sent_kib:.0} KiB"
+    );
+    Ok([silence.as_secs_f64() * 1000.0, took.as_secs_f64() * 1000.0, sent_kib])
 }
 
 /// Waits until a guest answers probes.
@@ -150,8 +179,8 @@ impl Customer<'_> {
         Ok(String::from_utf8(done.stdout)?)
     }
 
-    /// Silences of our guest, ms.
-    fn moves(&self, dirty_mib: u32) -> Result<Vec<f64>> {
+    /// Moves of our guest.
+    fn moves(&self, dirty_mib: u32) -> Result<Vec<Move>> {
         let (memory, dirty) = (GUEST_MIB.to_string(), dirty_mib.to_string());
         let program = programs::find("bench-guest")?;
         let program = program.to_str().context("a path that is no text")?;
@@ -160,13 +189,17 @@ impl Customer<'_> {
         let job = self.broker.jobs(false, 1)?.jobs.pop().context("no job")?;
         wait_for(job.guest_ipv4)?;
         let period = pace(job.guest_ipv4)?;
-        let mut silences = Vec::new();
+        let mut moves = Vec::new();
         for run in 0..RUNS {
             let target = if run % 2 == 0 { "2" } else { "1" };
-            let act = || self.onde(&["migrate", "moving", target]).map(drop);
-            silences.push(silence(job.guest_ipv4, period, act)?);
+            moves.push(measure(job.guest_ipv4, period, || {
+                let told = self.onde(&["migrate", "moving", target, "--json"])?;
+                let last = told.lines().last().context("migrate told nothing")?;
+                let last: serde_json::Value = serde_json::from_str(last)?;
+                Ok(last["sent_bytes"].as_f64().context("no bytes sent")? / 1024.0)
+            })?);
         }
         self.onde(&["stop", "moving"])?;
-        Ok(silences)
+        Ok(moves)
     }
 }
