@@ -96,11 +96,8 @@ pub fn killed(world: &World) -> Result<()> {
 pub fn purse(world: &World) -> Result<()> {
     let order = ["--name", "own", "--tokens", "20", "--budget", "120", "--purse", "40"];
     world.onde([&["run", "-d"], &order[..], &BUSY].concat())?;
-    // A release later the purse is long there.
-    wait("a release and a purse", || {
-        let job = job_file(world)?;
-        Ok(job["released"].as_u64() > Some(20) && job["purse_last"].as_u64() > Some(40))
-    })?;
+    // The guest may pay with it before its home node releases anything.
+    wait("a purse", || Ok(job_file(world)?["purse_last"].as_u64() > Some(40)))?;
     let wallet = wallet(world)?;
     kill_process(wallet, Signal::KILL)?;
     let released = job_file(world)?["released"].as_u64().context("no number")?;
