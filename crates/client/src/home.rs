@@ -226,8 +226,8 @@ impl<E: Exchange, S: Shop> Home<E, S> {
         Ok(status)
     }
 
-    /// Tokens for the guest's purse, where it lacks some: beyond what the node has, and within the budget. The file counts
-    /// them as given; who cannot deliver them calls [`Home::purse_lost`].
+    /// Tokens for the guest's purse, where it lacks some: beyond what the node has, and within the budget. Who has delivered
+    /// them calls [`Home::purse_given`]; to deliver them twice changes nothing.
     pub fn purse(&mut self, status: &JobStatus) -> Result<Option<(Job, Purse)>, HomeError> {
         let _turn = self.jobs.turn(&self.id)?;
         let mut job = self.jobs.get(&self.id)?;
@@ -249,13 +249,12 @@ impl<E: Exchange, S: Shop> Home<E, S> {
             return Ok(None);
         };
         let token = token(&job, last).ok_or(HomeError::NoToken(last))?;
-        job = self.jobs.update(&self.id, |job| job.purse_last = last)?;
         Ok(Some((job, Purse { shown, last, lot: release::lot(&deal), value: token.value })))
     }
 
-    /// The guest did not get its purse.
-    pub fn purse_lost(&mut self) -> Result<(), HomeError> {
-        self.jobs.update(&self.id, |job| job.purse_last = 0)?;
+    /// The guest has its purse.
+    pub fn purse_given(&mut self, last: u32) -> Result<(), HomeError> {
+        self.jobs.update(&self.id, |job| job.purse_last = last)?;
         Ok(())
     }
 

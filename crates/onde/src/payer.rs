@@ -82,15 +82,15 @@ pub fn run(
 /// Brings the guest its purse, in a thread: a guest may be slow to answer, and its node is not to wait.
 #[derive(Default)]
 struct Courier {
-    away: Option<JoinHandle<io::Result<()>>>,
+    away: Option<JoinHandle<io::Result<u32>>>,
 }
 
 impl Courier {
     fn call(&mut self, home: &mut Home, status: &JobStatus) -> Result<(), HomeError> {
         if let Some(back) = self.away.take_if(|thread| thread.is_finished())
-            && !matches!(back.join(), Ok(Ok(())))
+            && let Ok(Ok(last)) = back.join()
         {
-            home.purse_lost()?;
+            home.purse_given(last)?;
         }
         if self.away.is_none()
             && let Some((job, purse)) = home.purse(status)?
@@ -101,11 +101,14 @@ impl Courier {
     }
 }
 
-fn deliver(job: &Job, purse: Purse) -> io::Result<()> {
+/// Index of the last token delivered.
+fn deliver(job: &Job, purse: Purse) -> io::Result<u32> {
+    let last = purse.last;
     let channel = bootstrap::connect(&job.handle(), job.guest_ipv4, Duration::ZERO);
     let mut writer = FrameWriter::new(channel.map_err(io::Error::other)?.writer);
     writer.client(&ClientFrame::Purse(purse))?;
-    writer.flush()
+    writer.flush()?;
+    Ok(last)
 }
 
 /// A guest that was on disk has a clock that stood still. One whose clock is wrong goes on all the same.

@@ -102,9 +102,12 @@ fn passes(world: &World, (name, case): &Case) -> bool {
     println!("test {name} ... {verdict} ({:.1} s)", begun.elapsed().as_secs_f64());
     if let Err(error) = &done {
         println!("  {error:#}");
+        for job in world.stop_all() {
+            println!("  left behind: {job}");
+        }
         for node in [1, 2] {
             let console = world.lab.console(node).unwrap_or_default();
-            let tail: Vec<_> = console.lines().rev().take(8).collect();
+            let tail: Vec<_> = console.lines().rev().take(16).collect();
             tail.iter().rev().for_each(|line| println!("  node {node}: {line}"));
         }
     }

@@ -11,7 +11,8 @@ use onde_client::job::Jobs;
 use onde_wire::chain::STEPS_MAX;
 use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::machine::Stage;
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::process::{Pid, PidfdFlags, Signal, kill_process, pidfd_open};
 
 use crate::world::{World, wait};
 
@@ -59,16 +60,17 @@ pub fn killed(world: &World) -> Result<()> {
     kill_process(wallet, Signal::KILL)?;
     wait("the wallet to be dead", || Ok(!is_running(wallet)))?;
     let mut serve = world.command(["wallet", "serve"])?.spawn()?;
-    let paid = wait("the next wallet to pay", || {
+    let seen = wait("the next wallet to pay", || {
         let index = state(world, "kept")?.map_or(0, |row| row["spent_micro"].as_u64().unwrap_or(0));
         Ok(index > 25 * TOKEN_MICRO)
+    })
+    .and_then(|()| {
+        let second = world.command(["wallet", "serve", "--until-idle"])?.output()?;
+        Ok((world.onde(["ps", "--cost"])?, second))
     });
-    let told = world.onde(["ps", "--cost"]);
-    let second = world.command(["wallet", "serve", "--until-idle"])?.output()?;
     serve.kill()?;
     serve.wait()?;
-    paid?;
-    let told = told?;
+    let (told, second) = seen?;
     ensure!(told.contains("DRY IN") && told.contains("400"), "{told}");
     ensure!(second.status.success(), "a second wallet does not give way");
     // One more detached job brings a wallet back, which takes both.
@@ -96,7 +98,7 @@ pub fn killed(world: &World) -> Result<()> {
 pub fn purse(world: &World) -> Result<()> {
     let order = ["--name", "own", "--tokens", "20", "--budget", "120", "--purse", "40"];
     world.onde([&["run", "-d"], &order[..], &BUSY].concat())?;
-    // The guest may pay with it before its home node releases anything.
+    // Noted once it is delivered. The guest may pay with it before its home node releases anything.
     wait("a purse", || Ok(job_file(world)?["purse_last"].as_u64() > Some(40)))?;
     let wallet = wallet(world)?;
     kill_process(wallet, Signal::KILL)?;
@@ -157,10 +159,11 @@ fn stop(world: &World, name: &str) -> Result<()> {
     world.onde(["stop", name]).map(drop)
 }
 
-/// Whether a process is there, and more than a status that nobody has asked for (proc(5)).
+/// Whether any thread of a process is alive: its first one may be dead while another still holds the process's locks.
 fn is_running(pid: Pid) -> bool {
-    let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
-    stat.is_ok_and(|stat| !stat.contains(") Z "))
+    let Ok(process) = pidfd_open(pid, PidfdFlags::empty()) else { return false };
+    let mut ended = [PollFd::new(&process, PollFlags::IN)];
+    matches!(poll(&mut ended, Some(&Timespec::default())), Ok(0))
 }
 
 /// The process that serves the customer's detached jobs, once there is one.

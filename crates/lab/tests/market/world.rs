@@ -132,6 +132,18 @@ impl World {
         Ok(Jobs::open(&self.dir.join("state/onde/jobs"))?)
     }
 
+    /// Stops what a failed case has left running, so that the next ones start from nothing; what it was.
+    pub fn stop_all(&self) -> Vec<String> {
+        let jobs = self.jobs().and_then(|jobs| Ok(jobs.list()?)).unwrap_or_default();
+        let open = jobs.into_iter().filter(|job| job.settled.is_none());
+        open.map(|job| {
+            let stopped = self.onde(["stop", &job.id.to_string()]);
+            let outcome = stopped.map_or_else(|error| format!("{error:#}"), |_| "stopped".into());
+            format!("{} {:?}: {outcome}", job.id, job.name)
+        })
+        .collect()
+    }
+
     /// Micro-tokens in the customer's account.
     pub fn balance(&self) -> Result<u64> {
         Ok(self.broker.account(1)?.balance_micro)
