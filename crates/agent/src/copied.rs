@@ -33,6 +33,7 @@ pub struct Copied {
 #[derive(Default)]
 struct State {
     frozen: Option<Frozen>,
+    /// When they wait no longer; `None` while more copies are being made of it.
     until: Option<Instant>,
 }
 
@@ -53,9 +54,16 @@ impl Copied {
         self.lock().frozen.is_some()
     }
 
-    /// Somebody is at work with this machine: its time begins anew.
-    pub fn hold_on(&self) {
+    /// Copies are being made of this machine: its programs wait for as long as that takes, since all of them are to be it at
+    /// one instant.
+    pub fn serve(&self) {
+        self.lock().until = None;
+    }
+
+    /// They are made: its client's time begins anew.
+    pub fn served(&self) {
         self.lock().until = Some(Instant::now() + HELD_MAX);
+        self.changed.notify_all();
     }
 
     /// The programs wait, but not for ever.
@@ -71,9 +79,11 @@ impl Copied {
     fn watch(&self, children: &Children) {
         let mut state = self.lock();
         while state.frozen.is_some() {
-            let left = state
-                .until
-                .map_or(Duration::ZERO, |until| until.saturating_duration_since(Instant::now()));
+            let Some(until) = state.until else {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            };
+            let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 drop(state);
                 return self.release(children);

@@ -3,7 +3,7 @@
 
 use anyhow::{Context, Result, bail};
 use onde_wire::machine::{INFO_SIZE, INFO_START, Identity};
-use onde_wire::session::{CLOCK_OFF_US, MODULES_PATH};
+use onde_wire::session::{CLOCK_AHEAD_US, CLOCK_BEHIND_US, MODULES_PATH};
 use rustix::io::Errno;
 use rustix::mount::MountFlags;
 use rustix::process::{Resource, Rlimit};
@@ -118,8 +118,10 @@ pub fn set_host_name(identity: &Identity) -> Result<()> {
 
 /// Sets the clock to what the customer's says, if it is off: the machine has none of its own to ask.
 pub fn set_clock(unix_us: u64) -> io::Result<()> {
-    let own = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros();
-    if own.abs_diff(unix_us.into()) < CLOCK_OFF_US.into() {
+    let own = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+    let is_behind = unix_us >= own.saturating_add(CLOCK_BEHIND_US);
+    let is_ahead = own >= unix_us.saturating_add(CLOCK_AHEAD_US);
+    if !is_behind && !is_ahead {
         return Ok(());
     }
     let tv_sec = i64::try_from(unix_us / 1_000_000).map_err(io::Error::other)?;

@@ -7,7 +7,7 @@
 //!   copy:                                            | announces itself, new key, programs, hooks
 //! ```
 
-use onde_client::bootstrap::Vacant;
+use onde_client::bootstrap::{self, Vacant};
 use onde_client::channel::{Reader, Writer};
 use onde_client::echo::{Echo, Policy};
 use onde_client::migration::{Act, Event, Source, Word};
@@ -178,6 +178,10 @@ impl Sink for Road<'_> {
         Ok(())
     }
 
+    fn stopping(&mut self) {
+        self.tell(&AgentFrame::Stopped);
+    }
+
     fn freezing(&mut self) {
         // The client's measure of the pause begins here.
         let bytes = self.stream.sent();
@@ -204,7 +208,7 @@ impl Judge {
     fn settle(&mut self, ended: Event, vm: &mut Vacant) -> Option<String> {
         let (begun, mut source) = (Instant::now(), Source::Sending);
         let now_ms = || begun.elapsed().as_millis() as u64;
-        let mut ear = Ear { reader: vm.reader(), is_deaf: false };
+        let mut ear = Ear { reader: vm.reader(), is_deaf: false, refusal: None };
         // A stream whose end broke may be whole: as one that is.
         let mut next = (ended == Event::Broken).then_some(Event::Broken);
         let mut event = if next.is_some() { Event::Given } else { ended };
@@ -216,10 +220,7 @@ impl Judge {
                     ear.listen(Duration::from_millis(until_ms.saturating_sub(now_ms())))
                 }
                 Act::Commit => return None,
-                Act::Abort if ended == Event::Failed => {
-                    return Some("the connection to the new VM broke".to_owned());
-                }
-                Act::Abort => return Some("the copy did not come to life".to_owned()),
+                Act::Abort => return Some(ear.why(ended)),
             };
             if let (Event::Tick, Some(broken)) = (event, next) {
                 (event, next) = (broken, None);
@@ -245,6 +246,8 @@ struct Ear<'a> {
     reader: &'a mut Reader,
     /// Nothing of interest comes any more.
     is_deaf: bool,
+    /// Why the copy cannot live, in the loader's words.
+    refusal: Option<String>,
 }
 
 impl Ear<'_> {
@@ -266,10 +269,23 @@ impl Ear<'_> {
             Ok(REPORT_SIZE) if Report::parse(&report) == Some(Report::StreamOk) => {
                 return Event::Tick;
             }
+            Ok(REPORT_SIZE) => {
+                let refusal = Report::parse(&report).and_then(bootstrap::refusal);
+                self.refusal = refusal.map(|error| error.to_string());
+            }
             _ => {}
         }
         self.is_deaf = true;
         Event::Broken
+    }
+
+    /// Why this machine goes on.
+    fn why(self, ended: Event) -> String {
+        let broke = || match ended {
+            Event::Failed => "the connection to the new VM broke".to_owned(),
+            _ => "the copy did not come to life".to_owned(),
+        };
+        self.refusal.unwrap_or_else(broke)
     }
 }
 

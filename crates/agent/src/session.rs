@@ -255,10 +255,11 @@ fn snapshot(guest: &Guest, writer: &mut FrameWriter<Writer>) -> io::Result<()> {
 
 /// Makes VMs that are copies of this machine. In each of them this returns, too: held, for the client to release.
 fn fork(guest: &Guest, writer: &mut FrameWriter<Writer>, tickets: &[u8]) -> io::Result<()> {
-    guest.copied.hold_on();
-    match fork::run(guest, writer, tickets) {
+    guest.copied.serve();
+    let forked = fork::run(guest, writer, tickets);
+    guest.copied.served();
+    match forked {
         Ok(Some(taken)) => {
-            guest.copied.hold_on();
             writer.agent(&AgentFrame::Taken(taken))?;
             writer.flush()
         }

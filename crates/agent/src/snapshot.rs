@@ -41,6 +41,8 @@ pub trait Sink {
     fn round(&mut self, round: Round) -> io::Result<()>;
     /// Takes memory from `address` on, whole pages.
     fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()>;
+    /// Says that the machine's programs stand still from here on, though it is not frozen yet.
+    fn stopping(&mut self) {}
     /// Says that the machine is about to be frozen: nothing else leaves it from here on.
     fn freezing(&mut self) {}
 }
@@ -188,6 +190,9 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             }
             if stuck >= PATIENCE && self.role == Role::Moved {
                 // A longer pause, but an end: nothing but the kernel writes any more.
+                if stuck == PATIENCE {
+                    self.sink.stopping();
+                }
                 self.machine.stop_programs().map_err(programs_run)?;
             }
             if stuck >= 2 * PATIENCE {

@@ -7,6 +7,7 @@ use crate::node::Handle;
 use crate::stream::{Progress, write_cold};
 use onde_wire::bootstrap::{REPORT_SIZE, Report, upload_head};
 use onde_wire::channel::PORT;
+use onde_wire::machine::control::{RESULT_OTHER_CPU, RESULT_OTHER_SHAPE, RESULT_UNREADABLE};
 use onde_wire::stream::{Start, StreamError};
 use std::io::{self, Read, Write};
 use std::net::Ipv4Addr;
@@ -39,7 +40,7 @@ pub enum BootstrapError {
     #[error("the loader refused the stream: {}", stream_words(*.0))]
     BadStream(u32),
     /// The VMM did not take the machine state.
-    #[error("the VMM refused the machine state, result {0}")]
+    #[error("the new VM cannot become this machine: {}", state_words(*.0))]
     BadState(u32),
     /// What came was no report.
     #[error("the VM answered with something that is no report")]
@@ -62,9 +63,21 @@ impl BootstrapError {
             BootstrapError::Channel(_) | BootstrapError::Broken { .. } => Some(
                 "the node may be overloaded or gone: onde node ls; what was not used comes back",
             ),
+            BootstrapError::BadState(RESULT_OTHER_CPU) => {
+                Some("another node may have the same processor: onde node ls")
+            }
             BootstrapError::OtherLoader => Some("was the loader rebuilt in between? Run it again"),
             _ => None,
         }
+    }
+}
+
+fn state_words(result: u32) -> &'static str {
+    match result {
+        RESULT_UNREADABLE => "it was saved by another version of the VMM, or is malformed",
+        RESULT_OTHER_SHAPE => "it has other memory, disk or processors than were bought",
+        RESULT_OTHER_CPU => "its programs saw a processor with other features than this node's",
+        _ => "for a reason unknown here",
     }
 }
 
@@ -191,11 +204,18 @@ fn expect<T>(
     }
     match Report::parse(&report) {
         Some(report) if report == good => sent.map_err(broken),
-        Some(Report::BadUpload) => Err(BootstrapError::BadUpload),
-        Some(Report::OtherLoader) => Err(BootstrapError::OtherLoader),
-        Some(Report::BadStream(code)) => Err(BootstrapError::BadStream(code)),
-        Some(Report::BadState(code)) => Err(BootstrapError::BadState(code)),
-        _ => Err(BootstrapError::NoReport),
+        report => Err(report.and_then(refusal).unwrap_or(BootstrapError::NoReport)),
+    }
+}
+
+/// What a report refuses, where it is no good news.
+pub fn refusal(report: Report) -> Option<BootstrapError> {
+    match report {
+        Report::LoaderOk | Report::StreamOk => None,
+        Report::BadUpload => Some(BootstrapError::BadUpload),
+        Report::OtherLoader => Some(BootstrapError::OtherLoader),
+        Report::BadStream(code) => Some(BootstrapError::BadStream(code)),
+        Report::BadState(code) => Some(BootstrapError::BadState(code)),
     }
 }
 
@@ -250,6 +270,9 @@ mod tests {
         check(head + 1000, &[Report::OtherLoader], other);
         let bad = "the loader refused the stream: it is for another machine";
         check(head + 1000, &[Report::LoaderOk, Report::BadStream(5)], bad);
+        let other = "the new VM cannot become this machine: it was saved by another version of the VMM, or is malformed";
+        let reports = [Report::LoaderOk, Report::BadState(RESULT_UNREADABLE)];
+        check(head + 1000, &reports, other);
         let broken = "the connection to the new VM broke during the stream";
         check(head + 1000, &[Report::LoaderOk], broken);
         let broken = "the connection to the new VM broke during the loader's upload";

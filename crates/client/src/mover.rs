@@ -24,7 +24,7 @@ pub enum Event {
 /// How it ended.
 #[derive(Debug)]
 pub enum Ended {
-    /// The copy says that it is there; silence on this connection before that.
+    /// The copy says that it is there; how long its programs can have stood still before that.
     Moved(Duration),
     /// The source says that it goes on, and why.
     Stayed(String),
@@ -47,12 +47,13 @@ fn converse(
     writer.client(&ClientFrame::Migrate(&ticket.emit()))?;
     writer.flush()?;
     reader.stream().set_timeout(Some(SILENCE))?;
-    let mut heard = Instant::now();
+    let (mut heard, mut stopped) = (Instant::now(), None);
     loop {
         match reader.agent()? {
             AgentFrame::Round(round) => on_event(Event::Round(round)),
             AgentFrame::Sent { pages_left, bytes } => on_event(Event::Sent(pages_left, bytes)),
-            AgentFrame::Moved => return Ok(Ended::Moved(heard.elapsed())),
+            AgentFrame::Stopped => _ = stopped.get_or_insert_with(Instant::now),
+            AgentFrame::Moved => return Ok(Ended::Moved(stopped.unwrap_or(heard).elapsed())),
             AgentFrame::Error { text, .. } => return Ok(Ended::Stayed(text.to_owned())),
             _ => return Err(ErrorKind::InvalidData.into()),
         }

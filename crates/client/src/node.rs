@@ -191,7 +191,8 @@ impl Handle {
     /// Has the VM saved to the node's disk. Under way when this returns, and done when the stage says so; again: no
     /// harm.
     pub fn suspend(&self, echo: &mut impl Exchange) -> Result<JobStatus, NodeError> {
-        match self.ask(echo, &Request::Suspend, Policy::default())? {
+        let turn = self.status(echo, Policy::default())?.turn;
+        match self.ask(echo, &Request::Suspend(turn), Policy::default())? {
             Reply::Suspend(status) => Ok(status),
             other => Err(refused(self.node, &other)),
         }
@@ -199,7 +200,8 @@ impl Handle {
 
     /// Wakes a saved VM up. Under way when this returns, and done when the stage says so; again: no harm.
     pub fn wake(&self, echo: &mut impl Exchange) -> Result<JobStatus, NodeError> {
-        match self.ask(echo, &Request::Wake, Policy::default())? {
+        let turn = self.status(echo, Policy::default())?.turn;
+        match self.ask(echo, &Request::Wake(turn), Policy::default())? {
             Reply::Wake(status) => Ok(status),
             other => Err(refused(self.node, &other)),
         }

@@ -109,6 +109,7 @@ pub struct Job {
     due_ms: u64,
     burn: Burn,
     has_resumed: bool,
+    turn: u64,
 }
 
 /// The burn rate: measured over whole seconds, because a tick near the end of a balance is too short for it.
@@ -151,6 +152,7 @@ impl Job {
             due_ms: 0,
             burn: Burn { micro_per_s: burn, from_ms: now_ms, from_cost_micro: 0 },
             has_resumed: false,
+            turn: 0,
             token,
         };
         job.due_ms = now_ms + job.tick_ms();
@@ -422,19 +424,28 @@ impl Job {
         Ok(())
     }
 
+    /// Whether a SUSPEND or WAKE that names `turn` is the next one; each is only once.
+    pub fn take_turn(&mut self, turn: u64) -> bool {
+        let is_next = turn == self.turn;
+        self.turn += u64::from(is_next);
+        is_next
+    }
+
     /// Why it cannot be saved; `None` where it can, or is.
     pub fn why_not_saved(&self) -> Option<Status> {
         match self.stage {
             _ if !self.is_going() => Some(Status::Ended),
             Stage::Booting => Some(Status::NotYet),
             Stage::Suspended => None,
-            _ if !self.can_save => Some(Status::NoDisk),
+            _ if self.room_mib == 0 => Some(Status::NoDisk),
             _ => None,
         }
     }
 
-    /// SUSPEND: its next look leads to [`Verdict::Save`], and only WAKE wakes it up.
+    /// SUSPEND: its next look leads to [`Verdict::Save`], and only WAKE wakes it up. Its owner may know that what stood
+    /// in the way is over.
     pub fn suspend(&mut self) {
+        self.can_save = true;
         self.suspend_asked = !self.is_saved() && !self.is_saving();
         self.wakes_by_itself = false;
     }
@@ -455,7 +466,8 @@ impl Job {
         }
     }
 
-    /// Its VMM could not write it, and goes on. It is not tried again, and has nothing to keep back for the disk.
+    /// Its VMM could not write it, and goes on. It is not tried again before SUSPEND, and has nothing to keep back for the
+    /// disk.
     pub fn not_saved(&mut self, now_ms: u64) {
         if self.is_saving() {
             (self.doing, self.charged_ms) = (Doing::Nothing, now_ms);
@@ -561,6 +573,7 @@ impl Job {
             sent_bytes: self.meters.sent_bytes,
             disk_mib_ms: self.meters.disk_mib_ms,
             has_resumed: self.has_resumed,
+            turn: self.turn,
         }
     }
 }

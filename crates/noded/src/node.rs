@@ -318,8 +318,17 @@ impl Node {
                 vec![self.reply(&caller, &refused(Status::Resumed))]
             }
             Request::Stop(_) => self.stop(now_ms, caller),
-            Request::Suspend => self.suspend(now_ms, &caller),
-            Request::Wake => self.wake(now_ms, &caller),
+            // Overheard and sent again, or a second time because the answer was lost.
+            Request::Suspend(turn) if !record.job.take_turn(turn) => {
+                let reply = record.job.status(now_ms);
+                vec![self.reply(&caller, &Reply::Suspend(reply))]
+            }
+            Request::Wake(turn) if !record.job.take_turn(turn) => {
+                let reply = record.job.status(now_ms);
+                vec![self.reply(&caller, &Reply::Wake(reply))]
+            }
+            Request::Suspend(_) => self.suspend(now_ms, &caller),
+            Request::Wake(_) => self.wake(now_ms, &caller),
         }
     }
 

@@ -354,13 +354,13 @@ fn a_machine_goes_to_disk_and_back() {
     let before = service.count();
     let job = service.boot(72, 90_000_000);
     service.reach(job, Stage::Running);
-    for _ in 0..3 {
-        assert!(matches!(service.ask(job, Request::Suspend), Reply::Suspend(_)));
+    for turn in [0, 2, 4] {
+        assert!(matches!(service.ask(job, Request::Suspend(turn)), Reply::Suspend(_)));
         service.reach(job, Stage::Suspended);
         // Its console and its machine are two descriptors; all else is gone.
         let asleep = [before[0] + 2, before[1], before[2], before[3]];
         until("the rest to go", || Some(()).filter(|()| service.count() == asleep));
-        assert!(matches!(service.ask(job, Request::Wake), Reply::Wake(_)));
+        assert!(matches!(service.ask(job, Request::Wake(turn + 1)), Reply::Wake(_)));
         service.reach(job, Stage::Running);
     }
     assert!(matches!(service.ask(job, Request::Stop(false)), Reply::Stop(_)));
@@ -377,11 +377,11 @@ fn nothing_piles_up_over_many_jobs() {
         let job = service.boot(if number % 4 == 1 { 65 } else { 72 }, 90_000_000);
         if number % 4 >= 2 {
             service.reach(job, Stage::Running);
-            service.ask(job, Request::Suspend);
+            service.ask(job, Request::Suspend(0));
             service.reach(job, Stage::Suspended);
         }
         if number % 4 == 3 {
-            service.ask(job, Request::Wake);
+            service.ask(job, Request::Wake(1));
         }
         assert!(matches!(service.ask(job, Request::Stop(false)), Reply::Stop(_)));
     }

@@ -324,7 +324,7 @@ pub struct Order {
 pub struct Run {
     #[command(flatten)]
     pub order: Order,
-    /// A file or folder to take along, to the same path in the VM; PATH:PATH for another one
+    /// A file or folder to take along, to the same path in the VM; PATH:PATH for another one. A program brings its libraries
     #[arg(short, long, value_name = "PATH")]
     pub file: Vec<PathBuf>,
     /// An environment variable for the program: NAME=VALUE, or NAME for its value here

@@ -236,10 +236,16 @@ impl Host {
         }
         let bytes = image::read(path, &meta)?;
         image.bring(path)?;
+        self.add_needs(image, path, &bytes, depth)
+    }
+
+    /// Adds what a program needs to start.
+    fn add_needs(&self, image: &mut Image, path: &Path, bytes: &[u8], depth: usize) -> Result<()> {
+        let shown = path.display();
         if let Some(line) = bytes.strip_prefix(b"#!") {
             return self.add_script(image, path, line, depth);
         }
-        match elf::parse(&bytes) {
+        match elf::parse(bytes) {
             Ok(program) => self.add_libraries(image, path, program),
             Err(ElfError::NotElf) => Err(hinted(
                 format!("{shown} is no program: neither ELF nor a script"),
@@ -327,9 +333,16 @@ impl Host {
             bail!("there is no file {}", source.display());
         }
         if source == target && !source.is_dir() {
-            return image.bring(&source).map(drop);
+            image.bring(&source)?;
+        } else {
+            add_tree(image, &source, &target, 0)?;
         }
-        add_tree(image, &source, &target, 0)
+        if is_program(&source) {
+            let bytes = image::read(&source, &source.metadata()?)?;
+            // It may be none of this machine's, or never be started: what is not here is not missed.
+            let _ = self.add_needs(image, &source, &bytes, 0);
+        }
+        Ok(())
     }
 
     /// Where a named file is, and where it goes. A colon may be part of a name that exists.

@@ -15,6 +15,8 @@ use crate::virtio::flow::Flow;
 pub enum Request {
     /// Take the machine state at this guest-physical address and run it.
     Resume(u64),
+    /// Say whether it could be resumed.
+    Check(u64),
     /// Hand the payment token with this index and value to `noded`.
     Pay(u32, [u8; 32]),
     /// Wait for the network device, at most this many milliseconds.
@@ -80,6 +82,7 @@ impl Control {
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Option<Request> {
         match (offset, data) {
             (REG_RESUME, _) => Some(Request::Resume(u64::from_le_bytes(data.try_into().ok()?))),
+            (REG_CHECK, _) => Some(Request::Check(u64::from_le_bytes(data.try_into().ok()?))),
             (REG_PAY, _) => Some(Request::Pay(word(data)?, self.token)),
             (REG_IDLE, _) => Some(Request::Idle(word(data)?.min(IDLE_MS_MAX))),
             (REG_TRACK, _) => Some(Request::Track(word(data)? != 0)),
@@ -193,6 +196,8 @@ mod tests {
             Some(Request::Resume(0x1234_5678_9ABC)),
         );
         check(REG_RESUME, &[1, 2, 3, 4], None);
+        check(REG_CHECK, &0x2000u64.to_le_bytes(), Some(Request::Check(0x2000)));
+        check(REG_CHECK, &[1], None);
         check(REG_IDLE, &u32::MAX.to_le_bytes(), Some(Request::Idle(1000)));
         check(REG_SLEEP_CONTROL, &[0x34], Some(Request::PowerOff));
         check(REG_SLEEP_CONTROL, &[0x14], None);

@@ -16,6 +16,9 @@ use crate::machine::{Doorbell, Machine, Outcome};
 const BOOT_DELAY: Duration = Duration::from_secs(1);
 /// Between two tries to save the machine, where a copy is being made of it: that takes milliseconds.
 const SAVE_PERIOD: Duration = Duration::from_millis(10);
+/// How long a machine that is frozen for a copy may take to hear what became of that: a judge that can be asked answers
+/// within a second.
+const FROZEN_MAX: Duration = Duration::from_secs(10);
 /// Events taken at once.
 const EVENTS_MAX: usize = 16;
 
@@ -33,15 +36,15 @@ pub struct Io<'a> {
     doorbells: &'a [Doorbell],
     epoll: Epoll,
     drop_boot_at: Option<Instant>,
-    /// `noded` wants the machine saved, and it was not possible yet.
-    save_wanted: bool,
+    /// Since when `noded` wants the machine saved, where it was not possible yet.
+    save_wanted: Option<Instant>,
 }
 
 impl<'a> Io<'a> {
     /// Registers all descriptors.
     pub fn new(machine: &'a Machine, doorbells: &'a [Doorbell]) -> Result<Self, Fault> {
         let epoll = Epoll::new().fault(Part::Io, "create epoll")?;
-        let io = Self { machine, doorbells, epoll, drop_boot_at: None, save_wanted: false };
+        let io = Self { machine, doorbells, epoll, drop_boot_at: None, save_wanted: None };
         io.listen().fault(Part::Io, "register with epoll")?;
         Ok(io)
     }
@@ -72,8 +75,10 @@ impl<'a> Io<'a> {
             for event in &events[..count] {
                 self.serve(event.data());
             }
-            if self.save_wanted {
-                self.save_wanted = !self.machine.save_to_file();
+            if let Some(since) = self.save_wanted
+                && self.machine.save_to_file(since.elapsed() < FROZEN_MAX)
+            {
+                self.save_wanted = None;
             }
             if let Some(outcome) = self.machine.take_outcome() {
                 return outcome;
@@ -86,7 +91,7 @@ impl<'a> Io<'a> {
 
     fn timeout_ms(&self) -> i32 {
         match self.drop_boot_at {
-            _ if self.save_wanted => SAVE_PERIOD.as_millis() as i32,
+            _ if self.save_wanted.is_some() => SAVE_PERIOD.as_millis() as i32,
             None => -1,
             // One more, so that the time has come when the wait is over.
             Some(at) => at.saturating_duration_since(Instant::now()).as_millis() as i32 + 1,
@@ -115,7 +120,8 @@ impl<'a> Io<'a> {
             Ok(Some(VmmCommand::PayDone(accepted))) => self.machine.noded.pay_done(accepted),
             Ok(Some(VmmCommand::Go)) => self.machine.noded.leave(),
             Ok(Some(VmmCommand::PowerButton)) => self.machine.press_power_button(),
-            Ok(Some(VmmCommand::Save)) => self.save_wanted = !self.machine.noded.save_instead(),
+            Ok(Some(VmmCommand::Save)) if self.machine.noded.save_instead() => {}
+            Ok(Some(VmmCommand::Save)) => _ = self.save_wanted.get_or_insert_with(Instant::now),
             Ok(None) => {}
             Err(_) => self.machine.end(Outcome::Abandoned),
         }

@@ -7,9 +7,11 @@
 //! ```
 
 use onde_wire::bytes::Reader;
+use onde_wire::machine::control::{RESULT_OTHER_CPU, RESULT_OTHER_SHAPE, RESULT_UNREADABLE};
 use onde_wire::machine::{STATE_FULL, STATE_MAGIC, STATE_SIZE_MAX};
 use vm_superio::SerialState;
 
+use crate::checkpoint::Refused;
 use crate::machine::Shape;
 
 /// Version of all that is in the fields. Each change of any of them, or of the devices, counts it up.
@@ -66,15 +68,27 @@ impl State {
         out
     }
 
-    /// Reads a state for a machine of `shape` that shows its guest `cpu`; `None` for any other.
-    pub fn parse(bytes: &[u8], shape: &Shape, cpu: &[u8]) -> Option<Self> {
-        if size(bytes)? != bytes.len() {
-            return None;
+    /// Reads a state for a machine of `shape` that shows its guest `cpu`; any other is refused, with a `RESULT_*`.
+    pub fn parse(bytes: &[u8], shape: &Shape, cpu: &[u8]) -> Result<Self, Refused> {
+        if size(bytes) != Some(bytes.len()) {
+            return Err(RESULT_UNREADABLE);
         }
         let mut r = Reader::new(&bytes[HEAD_SIZE..]);
-        if take(&mut r, TAG_SHAPE)? != emit_shape(shape) || take(&mut r, TAG_CPU)? != cpu {
-            return None;
+        let saw = take(&mut r, TAG_SHAPE).ok_or(RESULT_UNREADABLE)?;
+        // Another version's fields are nobody's to read but its own's.
+        if saw.get(..4) != Some(&LAYOUT_VERSION.to_le_bytes()[..]) {
+            return Err(RESULT_UNREADABLE);
         }
+        if saw != emit_shape(shape) {
+            return Err(RESULT_OTHER_SHAPE);
+        }
+        if take(&mut r, TAG_CPU).ok_or(RESULT_UNREADABLE)? != cpu {
+            return Err(RESULT_OTHER_CPU);
+        }
+        Self::parse_rest(r, shape, cpu).ok_or(RESULT_UNREADABLE)
+    }
+
+    fn parse_rest(mut r: Reader<'_>, shape: &Shape, cpu: &[u8]) -> Option<Self> {
         let many = |r: &mut Reader<'_>, tag, count| -> Option<Vec<Vec<u8>>> {
             (0..count).map(|_| take(r, tag).map(<[u8]>::to_vec)).collect()
         };
@@ -179,38 +193,39 @@ mod tests {
         }
     }
 
-    fn check(bytes: &[u8], shape: &Shape, cpu: &[u8], expect: Option<State>) {
+    fn check(bytes: &[u8], shape: &Shape, cpu: &[u8], expect: Result<State, Refused>) {
         assert_eq!(State::parse(bytes, shape, cpu), expect);
     }
 
     #[test]
     fn a_state_is_read_whole_or_not_at_all() {
         let bytes = example().emit();
-        check(&bytes, &SHAPE, &[9; 40], Some(example()));
+        check(&bytes, &SHAPE, &[9; 40], Ok(example()));
         for size in 0..bytes.len() {
-            check(&bytes[..size], &SHAPE, &[9; 40], None);
+            check(&bytes[..size], &SHAPE, &[9; 40], Err(RESULT_UNREADABLE));
             // With a size that fits, too.
             let mut cut = bytes[..size].to_vec();
             if let Some(field) = cut.get_mut(12..16) {
                 field.copy_from_slice(&(size as u32).to_le_bytes());
             }
-            check(&cut, &SHAPE, &[9; 40], None);
+            check(&cut, &SHAPE, &[9; 40], Err(RESULT_UNREADABLE));
         }
-        check(&[&bytes[..], &[0]].concat(), &SHAPE, &[9; 40], None);
+        check(&[&bytes[..], &[0]].concat(), &SHAPE, &[9; 40], Err(RESULT_UNREADABLE));
     }
 
     #[test]
     fn another_machines_state_is_refused() {
         let bytes = example().emit();
-        check(&bytes, &Shape { vcpus: 1, ..SHAPE }, &[9; 40], None);
-        check(&bytes, &Shape { space: Space::of_mib(64, 0), ..SHAPE }, &[9; 40], None);
-        check(&bytes, &Shape { space: Space::of_mib(128, 1), ..SHAPE }, &[9; 40], None);
-        check(&bytes, &SHAPE, &[8; 40], None);
+        check(&bytes, &Shape { vcpus: 1, ..SHAPE }, &[9; 40], Err(RESULT_OTHER_SHAPE));
+        for space in [Space::of_mib(64, 0), Space::of_mib(128, 1)] {
+            check(&bytes, &Shape { space, ..SHAPE }, &[9; 40], Err(RESULT_OTHER_SHAPE));
+        }
+        check(&bytes, &SHAPE, &[8; 40], Err(RESULT_OTHER_CPU));
         // Magic, version, tag of the shape, version of the layout.
         for at in [0, 8, 16, 24] {
             let mut other = bytes.clone();
             other[at] ^= 1;
-            check(&other, &SHAPE, &[9; 40], None);
+            check(&other, &SHAPE, &[9; 40], Err(RESULT_UNREADABLE));
         }
         let mut large = bytes.clone();
         large[12..16].copy_from_slice(&(STATE_SIZE_MAX + 1).to_le_bytes());

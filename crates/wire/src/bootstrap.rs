@@ -43,7 +43,7 @@ pub enum Report {
     BadUpload,
     /// mstrap: the loader's digest is not the boot token's.
     OtherLoader,
-    /// loader: all of the stream is in and right; RESUME follows.
+    /// loader: all of the stream is in and right, and the VMM can become this machine; RESUME follows.
     StreamOk,
     /// loader: the stream was refused; the number is a [`crate::stream::StreamError`].
     BadStream(u32),

@@ -122,6 +122,9 @@ pub mod control {
     /// u32, write: the IPv4 address, in network order, to which ICMP echo requests are let out after FREEZE, too: the
     /// node that knows whether a copy runs; 0 for none. What it holds at FREEZE counts.
     pub const REG_JUDGE: u64 = 0x058;
+    /// u64, write: guest-physical address of a machine state; RESULT says whether RESUME would take it. Changes nothing.
+    /// For a loader that tells its client before the machine which could tell is gone.
+    pub const REG_CHECK: u64 = 0x060;
     /// u8, read and write: ACPI sleep control register (S5 is type 5).
     pub const REG_SLEEP_CONTROL: u64 = 0x040;
     /// u8, read and write: ACPI sleep status register.
@@ -144,12 +147,16 @@ pub mod control {
     pub const RESULT_OK: u32 = 0;
     /// The register's value made no sense.
     pub const RESULT_INVALID: u32 = 1;
-    /// A machine state of a version or kind that this VMM cannot read.
+    /// A machine state that this VMM cannot read: malformed, or another version's.
     pub const RESULT_UNREADABLE: u32 = 2;
     /// The payment token was not accepted.
     pub const RESULT_REFUSED: u32 = 3;
     /// More pages are dirty than FREEZE copies; nothing was done.
     pub const RESULT_TOO_MANY: u32 = 4;
+    /// A machine state with other memory, disk or vCPUs than this VM has.
+    pub const RESULT_OTHER_SHAPE: u32 = 5;
+    /// A machine state whose guest saw a processor with other features than this node's.
+    pub const RESULT_OTHER_CPU: u32 = 6;
 
     /// Role of a machine that was not resumed.
     pub const ROLE_SOURCE: u32 = 0;

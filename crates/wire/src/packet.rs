@@ -71,12 +71,11 @@ impl Op {
     /// Bytes of the request's body that mean something, and that its tag covers.
     pub fn request_size(self) -> usize {
         match self {
-            Op::Hello | Op::Status | Op::Suspend | Op::Wake => 0,
+            Op::Hello | Op::Status => 0,
             Op::Boot => BOOT_TOKEN_SIZE,
             Op::Pay => 36,
             Op::Renew => 68,
-            Op::Console => 8,
-            Op::Stop => 1,
+            Op::Console | Op::Stop | Op::Suspend | Op::Wake => 8,
         }
     }
     // tcb:stranger-end
@@ -250,10 +249,10 @@ pub enum Request {
     Console(u64),
     /// See [`Op::Stop`]; whether only a job that never ran is to be stopped.
     Stop(bool),
-    /// See [`Op::Suspend`].
-    Suspend,
-    /// See [`Op::Wake`].
-    Wake,
+    /// See [`Op::Suspend`]; with the job's [`JobStatus::turn`], so that nobody who overheard it can have it done again.
+    Suspend(u64),
+    /// See [`Op::Wake`]; as SUSPEND.
+    Wake(u64),
     /// See [`Op::Renew`]; with the renewal's own tag.
     Renew(Renewal, Tag),
 }
@@ -268,8 +267,8 @@ impl Request {
             Request::Status => Op::Status,
             Request::Console(_) => Op::Console,
             Request::Stop(_) => Op::Stop,
-            Request::Suspend => Op::Suspend,
-            Request::Wake => Op::Wake,
+            Request::Suspend(_) => Op::Suspend,
+            Request::Wake(_) => Op::Wake,
             Request::Renew(..) => Op::Renew,
         }
     }
@@ -285,7 +284,8 @@ impl Request {
         packet[7] = party as u8;
         let mut w = Writer::new(&mut packet[BODY..]);
         match self {
-            Request::Hello | Request::Status | Request::Suspend | Request::Wake => {}
+            Request::Hello | Request::Status => {}
+            Request::Suspend(turn) | Request::Wake(turn) => w.put(&turn.to_le_bytes()),
             Request::Stop(unless_resumed) => w.put(&[u8::from(*unless_resumed)]),
             Request::Boot(token, _) => w.put(&token.emit()),
             Request::Pay(token) => {
@@ -322,8 +322,8 @@ impl Request {
             Op::Status => Request::Status,
             Op::Console => Request::Console(r.u64()?),
             Op::Stop => Request::Stop(r.u8()? == 1),
-            Op::Suspend => Request::Suspend,
-            Op::Wake => Request::Wake,
+            Op::Suspend => Request::Suspend(r.u64()?),
+            Op::Wake => Request::Wake(r.u64()?),
             Op::Renew => {
                 Request::Renew(Renewal { index: r.u32()?, anchor: r.array()? }, r.array()?)
             }
@@ -486,6 +486,8 @@ pub struct JobStatus {
     pub disk_mib_ms: u64,
     /// Whether its guest ever ran, if only for an instant: the machine that it was made of must not.
     pub has_resumed: bool,
+    /// How many SUSPEND and WAKE were obeyed or refused: the next one has to name it. Another changes nothing.
+    pub turn: u64,
 }
 
 /// Answer to CONSOLE: `len` bytes from `offset` of all the `total` bytes ever written.
@@ -680,6 +682,7 @@ impl JobStatus {
         .iter()
         .for_each(|number| w.put(&number.to_le_bytes()));
         w.put(&[u8::from(self.has_resumed)]);
+        w.put(&self.turn.to_le_bytes());
     }
 
     fn parse(r: &mut Reader<'_>) -> Option<Self> {
@@ -699,6 +702,7 @@ impl JobStatus {
             sent_bytes: r.u64()?,
             disk_mib_ms: r.u64()?,
             has_resumed: r.u8()? == 1,
+            turn: r.u64()?,
         })
     }
 }

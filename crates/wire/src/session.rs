@@ -10,7 +10,7 @@
 //!  client  FORK, and nothing more
 //!  agent   ROUND, one MADE for each new VM, at last TAKEN; or ERROR
 //!  client  MIGRATE, and nothing more
-//!  agent   ROUND and SENT, at last MOVED, from the copy on the same connection; or ERROR, from the source that goes on
+//!  agent   ROUND, SENT, perhaps STOPPED, at last MOVED, from the copy on the same connection; or ERROR, from the source that goes on
 //!  client  RELEASE, and nothing more
 //!  agent   RELEASED; or ERROR
 //!  client  CLOCK or PURSE, and nothing more; nothing is answered
@@ -46,8 +46,10 @@ pub const GRACE_MS: u64 = 60_000;
 pub const STRINGS_MAX: usize = 8192;
 /// Longest text of an ERROR, bytes.
 pub const ERROR_TEXT_MAX: usize = 1024;
-/// A guest's clock that is wrong by less is left as it is: setting it costs more than it gives.
-pub const CLOCK_OFF_US: u64 = 1_000_000;
+/// A guest's clock that is behind by less is left as it is: a word on its way is as late.
+pub const CLOCK_BEHIND_US: u64 = 20_000;
+/// A guest's clock that is ahead by less is left as it is: time that goes back harms programs more.
+pub const CLOCK_AHEAD_US: u64 = 1_000_000;
 /// In ATTACH: begin behind all output there is now.
 pub const FROM_END: u64 = u64::MAX;
 
@@ -213,8 +215,8 @@ pub enum ClientFrame<'a> {
     Detach,
     /// First frame: copy the whole running machine into this session.
     Snapshot,
-    /// First frame: microseconds since 1970 by the client's clock, for a guest that slept in a file. One that is off by
-    /// [`CLOCK_OFF_US`] or more is set.
+    /// First frame: microseconds since 1970 by the client's clock, for a guest that slept in a file or moved. One that is
+    /// behind by [`CLOCK_BEHIND_US`] or ahead by [`CLOCK_AHEAD_US`] is set.
     Clock(u64),
     /// First frame: payment tokens that the guest may show by itself, in place of those it had.
     Purse(Purse),
@@ -361,6 +363,8 @@ pub enum AgentFrame<'a> {
         /// Bytes of stream so far, in all rounds.
         bytes: u64,
     },
+    /// The programs of a machine that moves stand still from here on: they write faster than it can be copied.
+    Stopped,
     /// This is the copy, on its new node.
     Moved,
 }
@@ -391,6 +395,7 @@ const MADE: u8 = 24;
 const RELEASED: u8 = 25;
 const SENT: u8 = 26;
 const MOVED: u8 = 27;
+const STOPPED: u8 = 28;
 
 /// Kind and payload size that a frame's head announces; `None` above [`PAYLOAD_MAX`].
 pub fn head(bytes: &[u8; HEAD_SIZE]) -> Option<(u8, usize)> {
@@ -528,6 +533,7 @@ impl<'a> AgentFrame<'a> {
             Sent { pages_left, bytes } => {
                 frame(out, SENT, &[&pages_left.to_le_bytes(), &bytes.to_le_bytes()])
             }
+            Stopped => frame(out, STOPPED, &[]),
             Moved => frame(out, MOVED, &[]),
         }
     }
@@ -561,6 +567,7 @@ impl<'a> AgentFrame<'a> {
             }
             RELEASED => AgentFrame::Released,
             SENT => AgentFrame::Sent { pages_left: r.u64()?, bytes: r.u64()? },
+            STOPPED => AgentFrame::Stopped,
             MOVED => AgentFrame::Moved,
             STREAM => {
                 let bytes = r.rest();

@@ -27,9 +27,9 @@ fn requests() -> [(Request, &'static str); 9] {
             Request::Console(4096),
             "2487e40ff62e06ba9e8165eb011eb98a210b4487dcec4ab08a90d1e5e8130d1e",
         ),
-        (Request::Stop(false), "6825dbe60093ce5f057f5aca714a2c1c62134634822923b4944ace1f72328d58"),
-        (Request::Suspend, "6de6cc619754b6e63a22196adfbbc73d6fa3ff355da992b4388a03cceec31525"),
-        (Request::Wake, "07da3cf130a207e729cf78f702b9d195628a07fb118bca63bb4692c4b5958035"),
+        (Request::Stop(false), "c680a3553e8d314effe377dc813f0862811f9a6d6e3cd7f387b2db9df094f16d"),
+        (Request::Suspend(7), "6cb7869179e9c827f46e6696c9ef49b0cf778b08d8f505581d42c4e1053feedd"),
+        (Request::Wake(8), "857a2d3486ebde0a9774a1471820bb3bef5ac9ba79db4842617ec9377d5c6d80"),
         (
             Request::Renew(renewal(), renewal().sign(&node(), &JOB, &[3; 16])),
             "69a7e133ce7b1dc30fd373b825bee913b35a62afd88bd43be6048f11b33278e3",
@@ -69,6 +69,7 @@ fn replies() -> [(Reply, Op, &'static str); 10] {
         sent_bytes: 8,
         disk_mib_ms: 9,
         has_resumed: true,
+        turn: 0,
     };
     let data = std::array::from_fn(|index| index as u8);
     let slice = ConsoleSlice { offset: 4096, total: 9000, len: 936, data };

@@ -9,6 +9,7 @@ use onde_mstrap::metal::clock::Clock;
 use onde_mstrap::metal::ram::Ram;
 use onde_mstrap::metal::{Lent, control, info_page};
 use onde_mstrap::restore::{Failed, Restore, Restored, Source, Touched};
+use onde_wire::machine::control::RESULT_OK;
 use onde_wire::bootstrap::{Report, SERVICES_VERSION, Services};
 use onde_wire::machine::{Identity, PAGE_SIZE};
 use onde_wire::stream::{CHUNK_MAX, Start};
@@ -57,10 +58,14 @@ fn load(services: &Services) -> Result<(), Failed> {
     let Restored { state_size, stream_bytes } = restored;
     let ms = clock.now().total_millis();
     say(services, format_args!("loader: stream ok, {} MiB in {ms} ms\n", stream_bytes >> 20));
-    if !report(services, Report::StreamOk) {
-        return Err(Failed::Connection);
+    let state = &state[..state_size];
+    let mut result = control::check(state);
+    if result == RESULT_OK {
+        if !report(services, Report::StreamOk) {
+            return Err(Failed::Connection);
+        }
+        result = control::resume(state);
     }
-    let result = control::resume(&state[..state_size]);
     say(services, format_args!("loader: machine state refused: {result}\n"));
     report(services, Report::BadState(result));
     Err(Failed::Connection)

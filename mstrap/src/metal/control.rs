@@ -2,7 +2,9 @@
 
 use super::cpu;
 use onde_wire::machine::CONTROL_START;
-use onde_wire::machine::control::{REG_IDLE, REG_RESULT, REG_RESUME, REG_SLEEP_CONTROL};
+use onde_wire::machine::control::{
+    REG_CHECK, REG_IDLE, REG_RESULT, REG_RESUME, REG_SLEEP_CONTROL,
+};
 
 /// ACPI sleep control: sleep type 5 (S5, soft off) and "do it".
 const SLEEP_S5: u8 = 5 << 2 | 1 << 5;
@@ -17,6 +19,15 @@ fn register<T>(offset: u64) -> *mut T {
 pub fn idle(ms: u32) {
     // SAFETY: a register of the machine contract; the write touches no memory of ours.
     unsafe { register::<u32>(REG_IDLE).write_volatile(ms.clamp(1, IDLE_MS_MAX)) }
+}
+
+/// Whether the VMM would become the machine whose state lies at `state`: a `RESULT_*`.
+pub fn check(state: &[u8]) -> u32 {
+    // SAFETY: registers of the machine contract. The VMM reads the state and changes nothing.
+    unsafe {
+        register::<u64>(REG_CHECK).write_volatile(state.as_ptr() as u64);
+        register::<u32>(REG_RESULT).read_volatile()
+    }
 }
 
 /// Becomes the machine whose state lies at `state`. Returns only on failure, with the VMM's reason.

@@ -248,7 +248,8 @@ impl Machine for Model {
 /// Takes a copy while the guest runs on, and compares C with S at the cut: the first page that is older or newer.
 fn check(seed: u64, flaw: Flaw) -> Result<(), String> {
     let (mut model, mut kept) = (Model::new(seed, flaw), Kept::new(usize::MAX));
-    let outcome = copy(&mut model, &mut kept).expect("nothing fails here");
+    let role = if seed.is_multiple_of(2) { Role::Forked } else { Role::Moved };
+    let outcome = copy(&mut model, &mut kept, role).expect("nothing fails here");
     assert!(matches!(outcome, Outcome::Source(..)), "{outcome:?}");
     let (memory, state) = restore(&kept.bytes);
     assert_eq!(state, STATE);

@@ -77,6 +77,11 @@ impl Fake {
         fake
     }
 
+    /// Whether nothing is left of a copy.
+    fn is_as_before(&self) -> bool {
+        !self.is_held && !self.is_tracking && !self.is_stopped
+    }
+
     /// xorshift64*: below `end`.
     fn random(&mut self, end: u64) -> u64 {
         let seed = &mut self.habits.seed;
@@ -114,7 +119,7 @@ impl Fake {
     }
 
     fn freeze(&mut self, role: u32) -> u32 {
-        assert_eq!(role, ROLE_FORKED);
+        assert!([ROLE_FORKED, ROLE_MOVED].contains(&role));
         assert!(self.is_stopped, "a program runs in the copy");
         self.freezes += 1;
         if self.dirty.len() > self.habits.frozen_max {
@@ -180,12 +185,12 @@ impl Machine for Fake {
     }
 
     fn stop_programs(&mut self) -> io::Result<()> {
-        assert!(!std::mem::replace(&mut self.is_stopped, true));
+        self.is_stopped = true;
         Ok(())
     }
 
     fn start_programs(&mut self) {
-        assert!(std::mem::take(&mut self.is_stopped));
+        self.is_stopped = false;
     }
 
     fn are_free(&mut self, first_page: u64, out: &mut [bool]) {
@@ -242,9 +247,9 @@ impl Sink for StreamWriter<&mut Kept> {
 }
 
 /// Copies a machine as a stream.
-pub fn copy<M: Machine>(fake: &mut M, kept: &mut Kept) -> Result<Outcome, Failed> {
+pub fn copy<M: Machine>(fake: &mut M, kept: &mut Kept, role: Role) -> Result<Outcome, Failed> {
     let mut stream = StreamWriter::start(kept, &START)?;
-    let outcome = take(fake, &START, &mut stream, Role::Forked)?;
+    let outcome = take(fake, &START, &mut stream, role)?;
     if let Outcome::Source(_, state) = &outcome {
         stream.machine(state)?;
     }
@@ -276,20 +281,29 @@ pub fn restore(mut stream: &[u8]) -> (Vec<u8>, Vec<u8>) {
     (memory, state)
 }
 
-/// Copies a machine with these habits and compares page by page.
+/// Copies a machine with these habits in both roles and compares page by page; what became of the fork.
 fn check(habits: Habits) -> (Fake, Kept) {
+    let (mut source, _) = check_role(habits, Role::Moved);
+    assert!(source.is_held && source.is_stopped, "a machine that moves waits for its verdict");
+    undo(&mut source);
+    assert!(source.is_as_before());
+    let (fake, kept) = check_role(habits, Role::Forked);
+    assert!(fake.is_as_before());
+    (fake, kept)
+}
+
+fn check_role(habits: Habits, role: Role) -> (Fake, Kept) {
     let (mut fake, mut kept) = (Fake::new(habits), Kept::new(usize::MAX));
-    let outcome = copy(&mut fake, &mut kept).unwrap();
+    let outcome = copy(&mut fake, &mut kept, role).unwrap();
     let Outcome::Source(taken, _) = outcome else { panic!("{outcome:?}") };
     let (memory, state) = restore(&kept.bytes);
     let (expect, free) = fake.instant.as_ref().unwrap();
     assert_eq!(state, STATE);
     for page in (0..PAGES as usize).filter(|page| !free[*page]) {
         let range = page * 4096..(page + 1) * 4096;
-        assert!(memory[range.clone()] == expect[range], "page {page} of {habits:?}");
+        assert!(memory[range.clone()] == expect[range], "page {page} of {habits:?}, {role:?}");
     }
     assert_eq!(kept.rounds.last().map(|round| round.pages), Some(taken.frozen_pages));
-    assert!(!fake.is_held && !fake.is_tracking && !fake.is_stopped);
     (fake, kept)
 }
 
@@ -306,31 +320,36 @@ fn with_more_dirty_pages_than_freeze_takes_another_round_follows() {
     let (fake, kept) = check(Habits { seed: 5, writes: 2, hot: 30, frozen_max: 12, ..QUIET });
     assert!(fake.freezes >= 1 && kept.rounds.len() >= 3);
     let endless = Habits { seed: 5, writes: 200, frozen_max: 1, ..QUIET };
-    let mut fake = Fake::new(endless);
-    let failed = copy(&mut fake, &mut Kept::new(usize::MAX)).unwrap_err();
-    assert!(matches!(&failed, Failed::Machine(text) if text.contains("faster")), "{failed:?}");
-    assert!(!fake.is_held && !fake.is_tracking && !fake.is_stopped);
+    for role in [Role::Forked, Role::Moved] {
+        let mut fake = Fake::new(endless);
+        let failed = copy(&mut fake, &mut Kept::new(usize::MAX), role).unwrap_err();
+        assert!(matches!(&failed, Failed::Machine(text) if text.contains("faster")), "{failed:?}");
+        assert!(fake.is_as_before());
+    }
 }
 
 #[test]
 fn whatever_fails_leaves_the_machine_as_it_was() {
-    let whole = check(QUIET).1.bytes.len();
-    for room in (0..whole).step_by(4099) {
-        let mut fake = Fake::new(QUIET);
-        let failed = copy(&mut fake, &mut Kept::new(room)).unwrap_err();
-        assert!(matches!(failed, Failed::Sink(_)), "{failed:?}");
-        assert!(!fake.is_held && !fake.is_tracking && !fake.is_stopped, "cut at {room}");
+    for role in [Role::Forked, Role::Moved] {
+        // All but the state, which is for the caller to send.
+        let whole = check_role(QUIET, role).1.bytes.len() - 2 * STATE.len();
+        for room in (0..whole).step_by(4099) {
+            let mut fake = Fake::new(QUIET);
+            let failed = copy(&mut fake, &mut Kept::new(room), role).unwrap_err();
+            assert!(matches!(failed, Failed::Sink(_)), "{failed:?}");
+            assert!(fake.is_as_before(), "cut at {room}");
+        }
+        let mut fake = Fake::new(Habits { result: 1, ..QUIET });
+        let failed = copy(&mut fake, &mut Kept::new(usize::MAX), role).unwrap_err();
+        assert!(matches!(failed, Failed::Machine(_)), "{failed:?}");
     }
-    let mut fake = Fake::new(Habits { result: 1, ..QUIET });
-    let failed = copy(&mut fake, &mut Kept::new(usize::MAX)).unwrap_err();
-    assert!(matches!(failed, Failed::Machine(_)), "{failed:?}");
 }
 
 #[test]
 fn the_copy_knows_itself_by_its_job() {
     let (mut fake, mut kept) =
         (Fake::new(Habits { is_copy: true, ..QUIET }), Kept::new(usize::MAX));
-    assert_eq!(copy(&mut fake, &mut kept).unwrap(), Outcome::Copy);
+    assert_eq!(copy(&mut fake, &mut kept, Role::Forked).unwrap(), Outcome::Copy);
     assert!(fake.is_stopped, "programs run before the copy is itself");
     assert_ne!(ROLE_SOURCE, ROLE_FORKED);
 }

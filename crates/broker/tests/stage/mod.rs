@@ -135,6 +135,7 @@ pub fn status(stage: Stage, spent_micro: u64) -> JobStatus {
         sent_bytes: 0,
         disk_mib_ms: 0,
         has_resumed: true,
+        turn: 0,
     }
 }
 

@@ -46,6 +46,7 @@ pub(crate) fn honest(age_s: u64, cpu_s: u64, last_index: u32) -> JobStatus {
         sent_bytes: 0,
         disk_mib_ms: 0,
         has_resumed: true,
+        turn: 0,
     };
     let paid = u64::from(last_index) * DEAL.value_micro;
     status.spent_micro = DEAL.cost_micro(&status).min(paid);

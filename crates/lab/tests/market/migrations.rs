@@ -1,9 +1,11 @@
 //! Cases in which a running VM moves to another node by itself, and those in which it does not get there. After each move
 //! exactly one VM lives, and its program has lost and doubled nothing.
 
+use std::fs::{self, Permissions};
 use std::net::Ipv4Addr;
+use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use onde_client::api::SettledBy;
@@ -25,6 +27,8 @@ const CUTS: &str = "ONDE_CUTS";
 const SEED: &str = "ONDE_SEED";
 /// The end of a stream, bytes: what is frozen, the machine state, the digest.
 const TAIL: u64 = 1 << 20;
+/// How far the clock of a VM that moved may be off, seconds: a word on its way is as late.
+const LAG: f64 = 0.15;
 /// How long a cable is out: longer than questions to the judge take, shorter than any patience.
 const OUTAGE: Duration = Duration::from_secs(4);
 
@@ -131,8 +135,10 @@ fn watch_source(world: &World, one: &Move) -> Result<Capture<Sent>> {
 /// A VM moves to and fro: its program's output, its connection and its memory stay whole, the source is silent from the
 /// instant on at which the copy was taken, and each node that it left gives change.
 pub fn to_and_fro(world: &World) -> Result<()> {
-    let witness = Witness::start(world, "mover")?;
-    for _ in 0..number(MOVES)?.unwrap_or(2) {
+    let hooks = ["--file", &hook(world, "pre-freeze")?, "--file", &hook(world, "moved")?];
+    let tools = ["--file", "/usr/bin/dash:/bin/sh", "--file", "/usr/bin/date"];
+    let witness = Witness::start_with(world, "mover", &[&hooks[..], &tools].concat())?;
+    for moves in 1..=number(MOVES)?.unwrap_or(2) {
         let one = Move::of(world, &witness)?;
         let source = watch_source(world, &one)?;
         let told = one.end(one.begin(world)?)?.context("the VM stays")?;
@@ -148,8 +154,39 @@ pub fn to_and_fro(world: &World) -> Result<()> {
         let old = world.broker.job(&one.job.id.0)?;
         ensure!(old.settled_by == Some(SettledBy::Certificate), "{old:?}");
         ensure!(old.refund_micro > 0, "no change from node {}", one.from());
+        wait("the hooks to be run", || Ok(hooks_run(world, "mover")? == [moves; 2]))?;
     }
+    is_on_time(world, "mover")?;
     witness.end(world)
+}
+
+/// A hook that counts in its guest, as an option of `--file`.
+fn hook(world: &World, name: &str) -> Result<String> {
+    let (local, place) = (world.file(name), format!("/etc/onde/{name}.d/10-count"));
+    fs::write(&local, format!("#!/bin/sh\necho here >> /dev/shm/{name}\n"))?;
+    fs::set_permissions(&local, Permissions::from_mode(0o755))?;
+    Ok(format!("{}:{place}", local.display()))
+}
+
+/// How often each of the two hooks was run.
+fn hooks_run(world: &World, name: &str) -> Result<[u64; 2]> {
+    const READ: &str = "while read -r word; do echo $word; done < /dev/shm/";
+    let count = |hook: &str| -> Result<u64> {
+        let told = world.onde(["exec", name, "--", "/bin/sh", "-c", &format!("{READ}{hook}")])?;
+        Ok(told.lines().count() as u64)
+    };
+    Ok([count("pre-freeze")?, count("moved")?])
+}
+
+/// The guest's clock does not lag behind by the time in which it stood still.
+fn is_on_time(world: &World, name: &str) -> Result<()> {
+    let now =
+        || Ok::<_, anyhow::Error>(SystemTime::now().duration_since(UNIX_EPOCH)?.as_secs_f64());
+    let before = now()?;
+    let told: f64 = world.onde(["exec", name, "--", "/usr/bin/date", "+%s.%N"])?.trim().parse()?;
+    let after = now()?;
+    ensure!((before - LAG..after + LAG).contains(&told), "{told} between {before} and {after}");
+    Ok(())
 }
 
 /// The stream's connection is cut behind a number of bytes. Whether the VM moved, and bytes of stream that were seen.
@@ -182,14 +219,16 @@ pub fn cut_anywhere(world: &World) -> Result<()> {
     println!("  {SEED}={seed}");
     // As long as nothing cuts it.
     let (is_whole, size) = cut_at(world, &witness, u64::MAX)?;
-    ensure!(is_whole, "the VM stays though nothing was cut");
+    ensure!(is_whole && size > 2 * TAIL, "the VM stays though nothing was cut, at {size}");
     for trial in 0..number(CUTS)?.unwrap_or(2) {
         let random = mix(seed.wrapping_add(trial));
         let offset = match trial % 2 {
             0 => random % size,
             _ => size.saturating_sub(TAIL) + random % TAIL,
         };
-        cut_at(world, &witness, offset).with_context(|| format!("cut at {offset}"))?;
+        let cut = cut_at(world, &witness, offset).with_context(|| format!("cut at {offset}"))?;
+        let (has_moved, sent) = cut;
+        ensure!(!has_moved || offset + TAIL > sent, "the cut at {offset} of {sent} cut nothing");
     }
     witness.end(world)
 }

@@ -94,11 +94,45 @@ pub fn processors(world: &World) -> Result<()> {
         ensure!(done.status.success(), "{args:?}: {}", String::from_utf8_lossy(&done.stderr));
         Ok(String::from_utf8(done.stdout)?)
     };
-    onde(&["lab", "up", "--nodes", "1", "--vcpus", "2"])?;
-    let told = onde(&["run", "-q", "--vcpus", "2", "--memory", "300", "--", "/usr/bin/nproc"]);
+    onde(&["lab", "up", "--nodes", "2", "--vcpus", "2"])?;
+    let done = both_move(&onde);
+    // On what is about to be gone; nobody else could stop it.
+    let stopped = onde(&["stop", "both"]);
     onde(&["lab", "down"])?;
-    ensure!(told?.trim() == "2", "the guest sees another number");
-    Ok(())
+    done.and_then(|()| stopped.map(drop))
+}
+
+/// Two loops on two processors go on after their VM was on disk and after it moved.
+fn both_move(onde: &impl Fn(&[&str]) -> Result<String>) -> Result<()> {
+    const COUNT: &str = "count() { i=0; while :; do i=$((i + 1)); echo $i > /dev/shm/$1; done; }; \
+                         count one & count two";
+    const READ: &str =
+        "for name in one two; do until read n < /dev/shm/$name; do :; done; echo $n; done; nproc";
+    let order = ["run", "-d", "--name", "both", "--vcpus", "2", "--memory", "160", "--node", "1"];
+    let program = ["--file", "/usr/bin/nproc", "--", "/bin/sh", "-c", COUNT];
+    onde(&[&order[..], &program].concat())?;
+    let read = || -> Result<Vec<u64>> {
+        let told = onde(&["exec", "both", "--", "/bin/sh", "-c", READ])?;
+        Ok(told.lines().map(str::parse).collect::<Result<_, _>>()?)
+    };
+    let mut before = vec![0, 0, 2];
+    for act in [&["suspend", "both"][..], &["resume", "both"], &["migrate", "both", "2"]] {
+        if act[0] != "resume" {
+            wait("both loops to go on", || {
+                let now = read()?;
+                let is_on = now[0] > before[0] && now[1] > before[1] && now[2] == 2;
+                before = if is_on { now } else { before.clone() };
+                Ok(is_on)
+            })?;
+        }
+        onde(act)?;
+    }
+    let last = before.clone();
+    wait("both loops to go on where they moved to", || {
+        let now = read()?;
+        ensure!(now[0] >= last[0] && now[1] >= last[1], "{now:?} after {last:?}");
+        Ok(now[0] > last[0] && now[1] > last[1] && now[2] == 2)
+    })
 }
 
 /// Nothing of the VMs before is left on the nodes: as much is free as when they were new.

@@ -6,7 +6,9 @@ use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use onde_client::stream::StreamWriter;
 use onde_sys::packet::PacketSocket;
+use onde_wire::stream::{Head, Kind, Start};
 
 use crate::world::{World, wait};
 
@@ -69,7 +71,35 @@ pub fn wakes_up_twice(world: &World) -> Result<()> {
     let money = world.balance()?;
     world.onde_fails(["boot", "--from", file], 1, "incomplete")?;
     ensure!(world.balance()? == money, "a damaged file cost money");
+    // What another version of the VMM wrote is refused by the VMM, before RESUME.
+    fs::write(file, of_another_version(&bytes)?)?;
+    world.onde_fails(["boot", "--from", file], 1, "another version of the VMM")?;
+    ensure!(world.balance()? == money, "a machine that nobody can run cost money");
     Ok(())
+}
+
+/// The same stream with another version of the layout in its machine state.
+fn of_another_version(bytes: &[u8]) -> Result<Vec<u8>> {
+    // Behind the state's head and the head of its first field.
+    const VERSION: usize = 24;
+    let (mut rest, mut out) = (bytes, Vec::new());
+    let (head, behind) = bytes.split_first_chunk().context("a head")?;
+    let size = Head::parse(head).context("a head")?.payload_size as usize;
+    let start = Start::parse(&behind[..size]).ok().context("what machine it is")?;
+    let (mut stream, mut state) = (StreamWriter::start(&mut out, &start)?, Vec::new());
+    while let Some((head, behind)) = rest.split_first_chunk() {
+        let head = Head::parse(head).context("a head")?;
+        let (payload, behind) = behind.split_at(head.payload_size as usize);
+        match head.kind {
+            Kind::Start | Kind::Pad | Kind::End => {}
+            Kind::Raw | Kind::Zero | Kind::Lz4 => stream.record(&head, payload)?,
+            Kind::Machine => state = payload.to_vec(),
+        }
+        rest = behind;
+    }
+    state[VERSION] ^= 0x80;
+    stream.machine(&state)?;
+    Ok(out)
 }
 
 /// Clones of the case below where `ONDE_CLONES` says no other number. More than these need a larger node:

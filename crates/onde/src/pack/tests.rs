@@ -171,6 +171,22 @@ fn named_files_and_folders_go_where_they_are_told() {
 }
 
 #[test]
+fn named_programs_bring_what_they_need() {
+    let scratch = Scratch::new("tools");
+    scratch.write("script", 0o755, b"#!/usr/bin/env date\n");
+    scratch.write("strange", 0o755, b"#!/no/such/interpreter\n");
+    scratch.write("data", 0o644, b"#!/bin/sh\n");
+    let mut image = Image::default();
+    for named in ["data", "strange"] {
+        scratch.host().add_named(&mut image, Path::new(named)).unwrap();
+    }
+    let has = |image: &Image, end: &str| unpack(image).keys().any(|path| path.ends_with(end));
+    assert!(!has(&image, "libc.so.6") && has(&image, "strange"));
+    scratch.host().add_named(&mut image, Path::new("script:/opt/script")).unwrap();
+    assert!(has(&image, "opt/script") && has(&image, "bin/date") && has(&image, "libc.so.6"));
+}
+
+#[test]
 fn modules_lose_their_signature_and_nothing_else() {
     let mut module = b"code".to_vec();
     assert_eq!(unsigned(&module), b"code");

@@ -1,9 +1,7 @@
 //! FREEZE and its other end, RESUME of a full state, as vCPU threads see them: all stand still, each saves or loads its
 //! own vCPU, one of them (the caller) sees to the rest of the machine.
 
-use onde_wire::machine::STATE_SIZE_MAX;
-use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, RESULT_UNREADABLE};
-use vm_memory::{Bytes, GuestAddress};
+use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK};
 
 use super::vcpu::Vcpu;
 use super::vcpu_state::VcpuState;
@@ -11,7 +9,6 @@ use crate::fault::{Fault, Part};
 use crate::gathering::Call;
 use crate::machine::{Machine, Outcome};
 use crate::noded::Leave;
-use crate::state::{self, HEAD_SIZE};
 
 /// Exits after which an access is done: a string instruction of a page makes one for each byte at most.
 const ACCESS_EXITS_MAX: usize = 8192;
@@ -76,23 +73,18 @@ impl Vcpu {
 
     /// RESUME of the full state at `address`: from here on all vCPUs are the guest's.
     pub fn resume_full(&mut self, address: u64, machine: &Machine) -> Result<u32, Fault> {
-        let Some(view) = machine.boot_view() else { return Ok(RESULT_INVALID) };
-        let mut head = [0; HEAD_SIZE];
-        let address = GuestAddress(address);
-        let size = view.read_slice(&mut head, address).ok().and_then(|()| state::size(&head));
-        let Some(size) = size else { return Ok(RESULT_UNREADABLE) };
-        assert!(size <= STATE_SIZE_MAX as usize);
-        let mut bytes = vec![0; size];
-        if view.read_slice(&mut bytes, address).is_err() {
-            return Ok(RESULT_INVALID);
+        match machine.full_state(address) {
+            Ok(state) => self.go_on(state, machine),
+            Err(refused) => Ok(refused),
         }
-        drop(view);
-        self.go_on(bytes, machine)
     }
 
     /// Makes all vCPUs the guest's, who goes on where this state was saved. Called by the first vCPU's thread.
     pub fn go_on(&mut self, state: Vec<u8>, machine: &Machine) -> Result<u32, Fault> {
-        let Some(mut source) = machine.parse_source(&state) else { return Ok(RESULT_UNREADABLE) };
+        let mut source = match machine.parse_source(&state) {
+            Ok(source) => source,
+            Err(refused) => return Ok(refused),
+        };
         let calls = std::mem::take(&mut source.vcpus)
             .into_iter()
             .map(|vcpu| Call::Load(Box::new(vcpu)))

@@ -159,6 +159,7 @@ impl Vcpu {
     fn carry_out(&mut self, request: Request, machine: &Machine) {
         let result = match request {
             Request::Resume(address) => self.resume(address, machine),
+            Request::Check(address) => machine.check(address),
             Request::Pay(index, value) => pay(PaymentToken { index, value }, machine),
             Request::Idle(timeout_ms) => {
                 machine.arrivals.wait(Duration::from_millis(timeout_ms.into()));

@@ -3,17 +3,20 @@
 
 use std::sync::{MutexGuard, PoisonError};
 
-use onde_wire::machine::VIRTIO_NET;
-use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, ROLE_FORKED, ROLE_MOVED};
+use onde_wire::machine::control::{
+    RESULT_INVALID, RESULT_OK, RESULT_UNREADABLE, ROLE_FORKED, ROLE_MOVED,
+};
+use onde_wire::machine::{COLD_SIZE, ColdStart, STATE_SIZE_MAX, VIRTIO_NET};
+use vm_memory::{Bytes, GuestAddress};
 use vm_superio::SerialState;
 
 use super::{Machine, Outcome};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, Refused};
 use crate::control::Control;
 use crate::fault::Fault;
 use crate::kvm::copying::VmState;
 use crate::kvm::vcpu_state::VcpuState;
-use crate::state::{State, emit_serial, parse_serial};
+use crate::state::{self, HEAD_SIZE, State, emit_serial, parse_serial};
 use crate::virtio::Outgoing;
 use crate::virtio::flow::Flow;
 use crate::virtio::mmio::{self, Slot};
@@ -97,9 +100,40 @@ impl Machine {
         Ok(RESULT_OK)
     }
 
-    /// Reads a full state; `None` where it is none for this machine.
-    pub fn parse_source(&self, bytes: &[u8]) -> Option<Source> {
+    /// CHECK: whether RESUME would take the state at `address`.
+    pub fn check(&self, address: u64) -> u32 {
+        let mut cold = [0; COLD_SIZE];
+        let read = self.boot_view().map(|view| view.read_slice(&mut cold, GuestAddress(address)));
+        if !matches!(read, Some(Ok(()))) {
+            return RESULT_INVALID;
+        }
+        if ColdStart::parse(&cold).is_some() {
+            return RESULT_OK;
+        }
+        let source = self.full_state(address).and_then(|state| self.parse_source(&state));
+        source.err().unwrap_or(RESULT_OK)
+    }
+
+    /// The bytes of the full state at `address`, before the guest runs.
+    pub fn full_state(&self, address: u64) -> Result<Vec<u8>, Refused> {
+        let view = self.boot_view().ok_or(RESULT_INVALID)?;
+        let address = GuestAddress(address);
+        let mut head = [0; HEAD_SIZE];
+        view.read_slice(&mut head, address).map_err(|_| RESULT_INVALID)?;
+        let size = state::size(&head).ok_or(RESULT_UNREADABLE)?;
+        assert!(size <= STATE_SIZE_MAX as usize);
+        let mut bytes = vec![0; size];
+        view.read_slice(&mut bytes, address).map_err(|_| RESULT_INVALID)?;
+        Ok(bytes)
+    }
+
+    /// Reads a full state, which must be one for this machine.
+    pub fn parse_source(&self, bytes: &[u8]) -> Result<Source, Refused> {
         let state = State::parse(bytes, &self.shape, &self.vm.cpu())?;
+        self.parse_parts(&state).ok_or(RESULT_UNREADABLE)
+    }
+
+    fn parse_parts(&self, state: &State) -> Option<Source> {
         let slots = self.bus.virtio.iter().zip(&state.devices);
         Some(Source {
             vcpus: state.vcpus.iter().map(|vcpu| VcpuState::parse(vcpu)).collect::<Option<_>>()?,

@@ -18,8 +18,11 @@ impl Machine {
     }
 
     /// Saves the machine and ends it; the I/O thread calls this. False where it is being copied or resumed now: try again.
-    /// A machine that cannot be saved goes on, and `noded` is told.
-    pub fn save_to_file(&self) -> bool {
+    /// A machine that cannot be saved goes on, and `noded` is told: one that is frozen, too, if nobody is patient any more.
+    pub fn save_to_file(&self, is_patient: bool) -> bool {
+        if self.checkpoint().is_frozen() && is_patient {
+            return false;
+        }
         let _turn = self.io_turn();
         let calls = (0..self.shape.vcpus).map(|_| Call::Save).collect();
         if !self.gathering.call(None, calls) {
@@ -30,13 +33,18 @@ impl Machine {
         self.noded.pay_done(false);
         self.arrivals.announce();
         let Some(states) = self.gathering.others() else { return true };
-        if self.checkpoint().is_frozen() {
-            // A copy of it may live soon: its own end decides.
+        let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
+        let is_frozen = self.checkpoint().is_frozen();
+        if is_frozen && is_patient {
             self.gathering.release();
             return false;
         }
-        let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
-        match self.save_all(vcpus) {
+        let saved = match is_frozen {
+            // A copy of it may live: nobody but its own agent finds out, and for that it has to run.
+            true => Err(Fault::new(Part::Saved, "nothing is known yet of the copy that it became")),
+            false => self.save_all(vcpus),
+        };
+        match saved {
             Ok(()) => self.end(Outcome::Saved),
             Err(fault) => {
                 eprintln!("vmm: not saved: {fault}");

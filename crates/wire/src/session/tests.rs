@@ -81,6 +81,7 @@ fn agent_frames_keep_their_bytes() {
     let sent = b"\x1A\x10\0\0\0\x05\0\0\0\0\0\0\0\x06\0\0\0\0\0\0\0";
     check_agent(Sent { pages_left: 5, bytes: 6 }, sent);
     check_agent(Moved, b"\x1B\0\0\0\0");
+    check_agent(Stopped, b"\x1C\0\0\0\0");
 }
 
 #[test]

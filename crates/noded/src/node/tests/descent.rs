@@ -203,6 +203,31 @@ fn what_does_not_wake_up_stays_on_disk_until_somebody_asks() {
 }
 
 #[test]
+fn nobody_who_overheard_suspend_or_wake_can_have_it_done_again() {
+    check_disk(&[
+        BOOTED,
+        RESUMED,
+        (Suspend(1), "running Save"),
+        (Says(1, Vmm::Saved), ""),
+        (Dies(1), ""),
+        // Before its turn, and after it.
+        (WakeAgain(1, 0), "suspended"),
+        (Wake(1), "suspended"),
+        RESUMED,
+        (SuspendAgain(1, 0), "running"),
+        (Wait(1000), ""),
+        (Suspend(1), "running Save"),
+        (Says(1, Vmm::Saved), ""),
+        (Dies(1), ""),
+        (WakeAgain(1, 1), "suspended"),
+        (Wait(1000), ""),
+        (SuspendAgain(1, 0), "suspended"),
+        (Wake(1), "suspended"),
+        RESUMED,
+    ]);
+}
+
+#[test]
 fn what_cannot_be_saved_goes_on_and_is_purged_at_zero() {
     // A file that cannot be written.
     check_disk(&[
@@ -214,7 +239,9 @@ fn what_cannot_be_saved_goes_on_and_is_purged_at_zero() {
         (Says(1, Vmm::NotSaved), ""),
         // What the attempt took is not charged.
         (Status(1), "low None spent 2798431 left 201569 burn 825008 for 0 s"),
-        (Suspend(1), "NoDisk"),
+        // Its owner may try again.
+        (Suspend(1), "low Save"),
+        (Says(1, Vmm::NotSaved), ""),
         (Wait(300), ""),
         (Status(1), "purged OutOfTokens spent 3000000 left 0 burn 0 for 0 s"),
     ]);
