@@ -25,6 +25,8 @@ const PRICES: &str = "price.vcpu_s=800000\nprice.gib_s=200000\nprice.gib_sent=10
                       price.disk_gib_s=10000\n";
 /// Longer than anything here takes, even on a machine that has much else to do.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// What `noded` may keep of 500 jobs that ended, each with the end of its console: 40 MiB are for 16 384.
+const RECORDS_KIB: u64 = 4096;
 
 /// Numbers of services in this process, for the names of what they need.
 static SERVICES: AtomicU32 = AtomicU32::new(0);
@@ -337,6 +339,14 @@ impl Service {
         until(stage.name(), || Some(()).filter(|()| self.status(job).stage == stage));
     }
 
+    /// Memory of `noded` itself, proc(5).
+    fn memory_kib(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.child.id()));
+        let status = status.expect("it runs");
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).expect("its size");
+        line.trim().trim_end_matches(" kB").parse().expect("a number")
+    }
+
     /// What is free, by HELLO.
     fn free(&mut self) -> (u32, u32, u16) {
         self.hello = None;
@@ -367,26 +377,44 @@ fn a_machine_goes_to_disk_and_back() {
     until("the old count", || Some(()).filter(|()| service.count() == before));
 }
 
-/// Jobs in a row, each ended in another way. `ONDE_TEST_JOBS` says how many: 1000 take a minute or two.
+/// Jobs in a row: stopped before and after they ran, on disk and on the way back, and purged because nothing was left. What
+/// the kernel has is counted, what HELLO offers is compared, and `noded` itself is no larger.
 #[test]
-fn nothing_piles_up_over_many_jobs() {
-    let count = std::env::var("ONDE_TEST_JOBS").ok().and_then(|text| text.parse().ok());
+fn nothing_piles_up_over_a_thousand_jobs() {
     let mut service = Service::start();
     let (before, free) = (service.count(), service.free());
-    for number in 0..count.unwrap_or(24u32) {
-        let job = service.boot(if number % 4 == 1 { 65 } else { 72 }, 90_000_000);
-        if number % 4 >= 2 {
+    let mut small = 0;
+    for number in 0..1000u32 {
+        let kind = number % 5;
+        let (mem_mib, balance_micro) = match kind {
+            1 => (65, 90_000_000),
+            // Uses all of one processor.
+            4 => (66, 20_000),
+            _ => (72, 90_000_000),
+        };
+        let job = service.boot(mem_mib, balance_micro);
+        if kind == 4 {
+            service.reach(job, Stage::Purged);
+            continue;
+        }
+        if kind >= 2 {
             service.reach(job, Stage::Running);
             service.ask(job, Request::Suspend(0));
             service.reach(job, Stage::Suspended);
         }
-        if number % 4 == 3 {
+        if kind == 3 {
             service.ask(job, Request::Wake(1));
         }
         assert!(matches!(service.ask(job, Request::Stop(false)), Reply::Stop(_)));
+        // By then it has made room for what it keeps of jobs that ended.
+        if number == 500 {
+            small = service.memory_kib();
+        }
     }
     until("the old count", || Some(()).filter(|()| service.count() == before));
     until("all to be free", || Some(()).filter(|()| service.free() == free));
+    let large = service.memory_kib();
+    assert!(large < small + RECORDS_KIB, "noded grew from {small} to {large} KiB");
 }
 
 #[test]

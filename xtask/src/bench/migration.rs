@@ -1,31 +1,39 @@
 //! Moving a guest between two nodes, beside QEMU's own pre-copy migration on the same two nodes: the same kernel and
-//! the same program, which answers probes and, in the second row, keeps writing to a known set of memory.
+//! the same program, which answers probes and, in the second case, keeps writing to a known set of memory. At last it
+//! sends as much as it can while it moves.
 
+use std::cell::Cell;
 use std::fs;
-use std::io::{BufRead, BufReader, Write};
-use std::net::{Ipv4Addr, TcpStream};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use onde_client::broker::Broker;
+use onde_lab::capture::Capture;
 use onde_lab::kernel::KernelCache;
 use onde_lab::progress::Step;
 use onde_lab::{Lab, Shape, guest, programs};
+use onde_wire::channel::PORT as PORT_IN;
+use onde_wire::plan;
 
 use super::probe::{Probe, pace};
 use super::{BOOT_MAX, CMDLINE, Figure, GUEST_MIB, LOOK_PERIOD, NODE_MIB, RUNS};
 use super::{customer, extras, median};
 
 /// What a guest writes to all the time, MiB, and the names of its rows.
-const CASES: [(u32, [&str; 3]); 2] = [
+const CASES: [(u32, [&str; 4]); 2] = [
     (
         0,
         [
             "silence of a moved guest, idle",
             "time to move an idle guest",
             "bytes sent to move an idle guest",
+            "silence, idle, beside its bound",
         ],
     ),
     (
@@ -34,9 +42,17 @@ const CASES: [(u32, [&str; 3]); 2] = [
             "silence of a moved guest, writing 8 MiB",
             "time to move a guest writing 8 MiB",
             "bytes sent to move a guest writing 8 MiB",
+            "silence, writing 8 MiB, beside its bound",
         ],
     ),
 ];
+const QEMU: &str = "QEMU pre-copy, same nodes";
+/// Moves of a guest that sends all the time.
+const STREAM_RUNS: usize = 3;
+/// Where `bench-guest` sends to whoever connects.
+const STREAM_PORT: u16 = 7008;
+/// How long it sends before it moves.
+const STREAM_TRIAL: Duration = Duration::from_secs(5);
 /// QEMU's guest, where no guest of the broker's comes.
 const QEMU_GUEST: Ipv4Addr = Ipv4Addr::new(198, 18, 255, 200);
 /// Where `bench-node` takes commands.
@@ -62,6 +78,7 @@ pub fn run() -> Result<Vec<Figure>> {
     let lab = Lab::up_for_now(&dir.join("lab"), &shape, &extras(&kernel, &files)?)?;
     lab.enter()?;
     let peer = CASES.iter().map(|case| qemu(case.0)).collect::<Result<Vec<_>>>()?;
+    let peer_kept = qemu_streams()?;
     for node in [1, 2] {
         Host::call(node)?.tell("node")?;
     }
@@ -70,12 +87,30 @@ pub fn run() -> Result<Vec<Figure>> {
     customer.onde(&["account", "use", &key, "--broker", &lab.broker_url()?])?;
     let mut figures = Vec::new();
     for ((dirty_mib, names), peer) in CASES.into_iter().zip(peer) {
-        let own = customer.moves(dirty_mib)?;
-        for (index, (name, unit)) in names.into_iter().zip(["ms", "ms", "KiB"]).enumerate() {
-            let of = |moves: &[[f64; 3]]| median(moves.iter().map(|all| all[index]).collect());
-            let qemu = "QEMU pre-copy, same nodes";
-            figures.push(Figure::new(name, of(&own)?, unit, qemu, of(&peer)?));
+        let guest = customer.start(dirty_mib)?;
+        let own = guest.moves()?;
+        let of = |moves: &[Move], what: What| median(moves.iter().map(what).collect());
+        let [silence, took, sent, beside_bound] = names;
+        let rows: [(_, _, What); 3] = [
+            (silence, "ms", |one| one.silence_ms),
+            (took, "ms", |one| one.took_ms),
+            (sent, "KiB", |one| one.sent_kib),
+        ];
+        for (name, unit, what) in rows {
+            figures.push(Figure::new(name, of(&own, what)?, unit, QEMU, of(&peer, what)?));
         }
+        let bound = of(&own, |one| one.bound_ms)?;
+        let peer = "bytes sent then / bytes a second before";
+        figures.push(Figure::new(beside_bound, of(&own, |one| one.silence_ms)?, "ms", peer, bound));
+        if dirty_mib == 0 {
+            let (sent, used) = (of(&own, |one| one.sent_kib)?, guest.used_kib()?);
+            let name = "bytes sent to move an idle guest, each way";
+            figures.push(Figure::new(name, sent, "KiB", "its memory in use", used));
+            let kept = guest.streams()?;
+            let name = "throughput kept while a guest moves";
+            figures.push(Figure::new(name, kept, "%", QEMU, peer_kept));
+        }
+        guest.stop()?;
     }
     progress.done("measured");
     lab.down()?;
@@ -83,8 +118,14 @@ pub fn run() -> Result<Vec<Figure>> {
     Ok(figures)
 }
 
-/// A move: silence, ms; time, ms; bytes sent, KiB.
-type Move = [f64; 3];
+/// A move.
+struct Move {
+    silence_ms: f64,
+    took_ms: f64,
+    sent_kib: f64,
+    /// What was sent while the guest stood still, at the pace of what was sent before.
+    bound_ms: f64,
+}
 
 /// Moves of QEMU's guest.
 fn qemu(dirty_mib: u32) -> Result<Vec<Move>> {
@@ -100,7 +141,7 @@ fn qemu(dirty_mib: u32) -> Result<Vec<Move>> {
         moves.push(measure(QEMU_GUEST, period, || {
             let told = hosts[from].tell(&target)?;
             let sent = told.split("sent=").nth(1).context("no bytes sent")?;
-            Ok(sent.parse::<f64>()? / 1024.0)
+            Ok((sent.parse::<f64>()? / 1024.0, f64::NAN))
         })?);
         hosts[from].tell("end")?;
     }
@@ -110,24 +151,92 @@ fn qemu(dirty_mib: u32) -> Result<Vec<Move>> {
     Ok(moves)
 }
 
+/// A figure of a move.
+type What = fn(&Move) -> f64;
+
+/// What QEMU's guest keeps of its throughput, percent.
+fn qemu_streams() -> Result<f64> {
+    let mut hosts = [Host::call(1)?, Host::call(2)?];
+    hosts[0].tell("start 0")?;
+    wait_for(QEMU_GUEST)?;
+    let mut kept = Vec::new();
+    for run in 0..STREAM_RUNS {
+        let (from, to) = (run % 2, 1 - run % 2);
+        hosts[to].tell("wait")?;
+        let target = format!("move {}", node(to as u8 + 1));
+        kept.push(stream(QEMU_GUEST, || hosts[from].tell(&target).map(drop))?);
+        hosts[from].tell("end")?;
+    }
+    for mut host in hosts {
+        host.tell("end")?;
+    }
+    median(kept)
+}
+
+/// What a guest sends while `act` moves it, percent of what it sent before.
+fn stream(guest: Ipv4Addr, act: impl FnOnce() -> Result<()>) -> Result<f64> {
+    let mut stream = TcpStream::connect((guest, STREAM_PORT))?;
+    let own = stream.try_clone()?;
+    let heard = Arc::new(AtomicU64::new(0));
+    let count = heard.clone();
+    let reader = std::thread::spawn(move || {
+        let mut buffer = vec![0; 256 << 10];
+        while let Ok(size @ 1..) = stream.read(&mut buffer) {
+            count.fetch_add(size as u64, Ordering::Relaxed);
+        }
+    });
+    let rate = |act: Box<dyn FnOnce() -> Result<()> + '_>| -> Result<(f64, Duration)> {
+        let (begun, before) = (Instant::now(), heard.load(Ordering::Relaxed));
+        act()?;
+        let took = begun.elapsed();
+        let bytes = heard.load(Ordering::Relaxed) - before;
+        Ok((bytes as f64 / took.as_secs_f64(), took))
+    };
+    std::thread::sleep(MARGIN);
+    let (before, _) = rate(Box::new(|| {
+        std::thread::sleep(STREAM_TRIAL);
+        Ok(())
+    }))?;
+    let (during, took) = rate(Box::new(act))?;
+    let (after, _) = rate(Box::new(|| {
+        std::thread::sleep(MARGIN);
+        Ok(())
+    }))?;
+    own.shutdown(Shutdown::Both)?;
+    reader.join().expect("a reader does not panic");
+    ensure!(after > 0.0, "the connection is lost");
+    let mib = |rate: f64| rate / f64::from(1 << 20);
+    println!(
+        "sent {:.1} MiB/s before, {:.1} MiB/s while it moved in {took:.1?}",
+        mib(before),
+        mib(during)
+    );
+    Ok(during / before * 100.0)
+}
+
 fn node(number: u8) -> Ipv4Addr {
     Ipv4Addr::new(198, 18, number, 1)
 }
 
-/// Measures while `act` moves `guest` and tells the KiB that were sent.
-fn measure(guest: Ipv4Addr, period: Duration, act: impl FnOnce() -> Result<f64>) -> Result<Move> {
+/// Measures while `act` moves `guest` and tells the KiB that were sent, and the bound of the silence, ms.
+fn measure(
+    guest: Ipv4Addr,
+    period: Duration,
+    act: impl FnOnce() -> Result<(f64, f64)>,
+) -> Result<Move> {
     let probe = Probe::start(guest, period)?;
     std::thread::sleep(MARGIN);
     let begun = Instant::now();
-    let sent_kib = act()?;
+    let (sent_kib, bound_ms) = act()?;
     let took = begun.elapsed();
     wait_for(guest)?;
     std::thread::sleep(MARGIN);
     let silence = probe.end()?.silence.saturating_sub(period);
     println!(
-        "moved in {took:.1?}, silent for {silence:.0?} at a probe each {period:.0?}, {sent_kib:.0} KiB"
+        "moved in {took:.1?}, silent for {silence:.0?} at a probe each {period:.0?}, {sent_kib:.0} KiB, bound {bound_ms:.0} ms"
     );
-    Ok([silence.as_secs_f64() * 1000.0, took.as_secs_f64() * 1000.0, sent_kib])
+    let ms = |time: Duration| time.as_secs_f64() * 1000.0;
+    Ok(Move { silence_ms: ms(silence), took_ms: ms(took), sent_kib, bound_ms })
 }
 
 /// Waits until a guest answers probes.
@@ -179,27 +288,70 @@ impl Customer<'_> {
         Ok(String::from_utf8(done.stdout)?)
     }
 
-    /// Moves of our guest.
-    fn moves(&self, dirty_mib: u32) -> Result<Vec<Move>> {
+    /// Starts our guest on node 1.
+    fn start(&self, dirty_mib: u32) -> Result<Guest<'_>> {
         let (memory, dirty) = (GUEST_MIB.to_string(), dirty_mib.to_string());
         let program = programs::find("bench-guest")?;
-        let program = program.to_str().context("a path that is no text")?;
+        let program = program.to_str().context("a path that is no text")?.to_owned();
         let order = ["run", "-d", "--name", "moving", "--node", "1", "--memory", &memory];
-        self.onde(&[&order[..], &["--budget", "5000", "--", program, "echo", &dirty]].concat())?;
+        self.onde(&[&order[..], &["--budget", "5000", "--", &program, "echo", &dirty]].concat())?;
         let job = self.broker.jobs(false, 1)?.jobs.pop().context("no job")?;
         wait_for(job.guest_ipv4)?;
-        let period = pace(job.guest_ipv4)?;
-        let mut moves = Vec::new();
-        for run in 0..RUNS {
-            let target = if run % 2 == 0 { "2" } else { "1" };
-            moves.push(measure(job.guest_ipv4, period, || {
-                let told = self.onde(&["migrate", "moving", target, "--json"])?;
-                let last = told.lines().last().context("migrate told nothing")?;
-                let last: serde_json::Value = serde_json::from_str(last)?;
-                Ok(last["sent_bytes"].as_f64().context("no bytes sent")? / 1024.0)
-            })?);
-        }
-        self.onde(&["stop", "moving"])?;
-        Ok(moves)
+        Ok(Guest { customer: self, program, ipv4: job.guest_ipv4, node: Cell::new(1) })
+    }
+}
+
+/// Our guest.
+struct Guest<'a> {
+    customer: &'a Customer<'a>,
+    program: String,
+    ipv4: Ipv4Addr,
+    /// Where it is.
+    node: Cell<u64>,
+}
+
+impl Guest<'_> {
+    fn moves(&self) -> Result<Vec<Move>> {
+        let period = pace(self.ipv4)?;
+        (0..RUNS).map(|_| measure(self.ipv4, period, || self.go())).collect()
+    }
+
+    /// What it keeps of its throughput, percent.
+    fn streams(&self) -> Result<f64> {
+        let kept = (0..STREAM_RUNS).map(|_| stream(self.ipv4, || self.go().map(drop)));
+        median(kept.collect::<Result<_>>()?)
+    }
+
+    /// Moves to the other node; KiB that were sent, and the bound of the silence, ms.
+    fn go(&self) -> Result<(f64, f64)> {
+        let (from, to) = (self.node.get(), 3 - self.node.get());
+        let (guest, mac) = (self.ipv4, plan::mac(self.ipv4.octets()));
+        let frozen = Capture::start(from, 0, move |bytes, frame| {
+            // Frozen it sends under another MAC than its own.
+            let is_frozen = frame.sender() == Some(guest) && frame.src_mac() != mac;
+            let segment =
+                frame.segment().filter(|segment| is_frozen && segment.dst_port == PORT_IN);
+            *bytes += segment.map_or(0, |segment| u64::from(segment.size));
+            Ok(true)
+        })?;
+        let told = self.customer.onde(&["migrate", "moving", &to.to_string(), "--json"])?;
+        self.node.set(to);
+        let lines: Vec<serde_json::Value> =
+            told.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
+        let rate = lines.iter().filter_map(|line| line["bytes_per_s"].as_f64()).next_back();
+        let rate = rate.context("no rate was told")?;
+        let sent = lines.last().and_then(|line| line["sent_bytes"].as_f64());
+        let bound_ms = frozen.end()? as f64 / rate * 1000.0;
+        Ok((sent.context("no bytes sent")? / 1024.0, bound_ms))
+    }
+
+    /// Memory in use, KiB.
+    fn used_kib(&self) -> Result<f64> {
+        let told = self.customer.onde(&["exec", "moving", "--", &self.program, "used"])?;
+        Ok(told.trim().parse()?)
+    }
+
+    fn stop(self) -> Result<()> {
+        self.customer.onde(&["stop", "moving"]).map(drop)
     }
 }

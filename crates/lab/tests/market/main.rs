@@ -5,7 +5,6 @@
 //! `cargo test -p onde-lab --test market -- WORD` runs the cases with WORD in their name; with `ONDE_ROUNDS=N` in the
 //! environment all of them N times, in the same lab.
 
-mod capture;
 mod descent;
 mod disk;
 mod failures;

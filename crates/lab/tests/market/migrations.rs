@@ -10,12 +10,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use anyhow::{Context, Result, ensure};
 use onde_client::api::SettledBy;
 use onde_client::job::Job;
+use onde_lab::capture::{Capture, Frame, cut, plug};
 use onde_lab::witness::mix;
 use onde_wire::channel::PORT;
 use onde_wire::plan;
 use serde_json::Value;
 
-use crate::capture::{Capture, Frame, cut, plug};
 use crate::witness::{Witness, whereabouts};
 use crate::world::{World, wait};
 

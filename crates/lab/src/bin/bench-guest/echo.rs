@@ -2,7 +2,8 @@
 //! known set all the time. Called by `main`.
 
 use std::fs;
-use std::net::{Ipv4Addr, UdpSocket};
+use std::io::Write;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::Path;
 
 use anyhow::{Context, Result};
@@ -12,6 +13,8 @@ use rustix::mount::{MountFlags, mount};
 
 /// Where probes come in.
 const PORT: u16 = 7007;
+/// Where whoever connects gets as many bytes as go.
+const STREAM_PORT: u16 = 7008;
 const PAGE: usize = 4096;
 /// Most of a probe that is answered.
 const PROBE_MAX: usize = 64;
@@ -39,12 +42,29 @@ pub fn boot() -> Result<()> {
     serve(value("bench.dirty_mib").unwrap_or("0"))
 }
 
+/// Memory in use, KiB, proc(5).
+pub fn used() -> Result<u64> {
+    let text = fs::read_to_string("/proc/meminfo")?;
+    let value = |name: &str| -> Result<u64> {
+        let line = text.lines().find_map(|line| line.strip_prefix(name)).context("no such line")?;
+        Ok(line.trim().trim_end_matches(" kB").parse()?)
+    };
+    Ok(value("MemTotal:")? - value("MemFree:")?)
+}
+
 /// Answers probes for ever; another thread writes to `dirty_mib` MiB.
 pub fn serve(dirty_mib: &str) -> Result<()> {
     let size = dirty_mib.parse::<usize>()? << 20;
     if size > 0 {
         std::thread::spawn(move || dirty(size));
     }
+    let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, STREAM_PORT))?;
+    std::thread::spawn(move || {
+        // One at a time; whoever is gone gets no more.
+        for mut stream in listener.incoming().flatten() {
+            while stream.write_all(&[0x5A; 64 << 10]).is_ok() {}
+        }
+    });
     let socket = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, PORT))?;
     println!("onde-bench: echo");
     let mut probe = [0; PROBE_MAX];

@@ -12,6 +12,10 @@ fn main() {
     let mut arguments = std::env::args().skip(1);
     let served = match (arguments.next().as_deref(), arguments.next()) {
         (Some("echo"), dirty_mib) => echo::serve(dirty_mib.as_deref().unwrap_or("0")),
+        (Some("used"), _) => match echo::used() {
+            Ok(kib) => return println!("{kib}"),
+            Err(error) => Err(error),
+        },
         _ => {
             println!("{MARK}");
             echo::boot()

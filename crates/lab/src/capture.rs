@@ -30,15 +30,22 @@ pub struct Frame(Vec<u8>);
 /// A TCP segment's addresses, and where it stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Segment {
+    /// Whom it is for.
     pub dst: Ipv4Addr,
+    /// Its sender's port.
     pub src_port: u16,
+    /// Its receiver's port.
     pub dst_port: u16,
+    /// Sequence number.
     pub seq: u32,
+    /// Acknowledgement.
     pub ack: u32,
+    /// Bytes of data.
     pub size: u32,
 }
 
 impl Frame {
+    /// The MAC that it bears.
     pub fn src_mac(&self) -> [u8; 6] {
         self.field(6)
     }
@@ -80,6 +87,7 @@ impl Frame {
         ETHERNET + usize::from(first & 0xF) * 4
     }
 
+    /// The TCP segment in it.
     pub fn segment(&self) -> Option<Segment> {
         if !self.is(IPV4) || self.field(ETHERNET + 9) != [TCP] {
             return None;
