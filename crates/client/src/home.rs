@@ -12,7 +12,7 @@
 pub mod judge;
 pub mod release;
 
-use crate::api::{Payment, Prices, Renewal, TokensRequest};
+use crate::api::{self, Payment, Prices, Renewal, TokensRequest};
 use crate::broker::{Broker, BrokerError, new_key};
 use crate::echo::{Echo, Exchange, Policy};
 use crate::job::{Job, Jobs, JobsError, Purchase};
@@ -24,7 +24,8 @@ use onde_wire::packet::JobStatus;
 use onde_wire::session::Purse;
 use onde_wire::token::{self, JobId, PaymentToken};
 use release::Act;
-use std::time::{Duration, Instant};
+use rustix::time::{ClockId, clock_gettime};
+use std::time::Duration;
 
 /// How often a VM is asked how it stands: several times in the time that a release lasts.
 pub const STEP_PERIOD: Duration = Duration::from_secs(1);
@@ -109,6 +110,13 @@ impl Shop for Broker {
     }
 }
 
+/// Time since this machine booted, its sleep included: a laptop that was closed for an hour must not take its nodes'
+/// clocks for fast. `Instant` stands still meanwhile.
+fn uptime() -> Duration {
+    let now = clock_gettime(ClockId::Boottime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
+}
+
 /// Pays for one job.
 #[derive(Debug)]
 pub struct Home<E = Echo, S = Broker> {
@@ -116,7 +124,8 @@ pub struct Home<E = Echo, S = Broker> {
     shop: S,
     jobs: Jobs,
     id: JobId,
-    born: Instant,
+    /// On [`uptime`].
+    born: Duration,
     /// Of the node that the job was on when it was heard last.
     judge: (u32, Judge),
 }
@@ -125,7 +134,7 @@ impl<E: Exchange, S: Shop> Home<E, S> {
     /// The home node of `job`.
     pub fn new(echo: E, shop: S, jobs: Jobs, job: &Job) -> Self {
         let judge = (job.node, Judge::default());
-        Self { echo, shop, jobs, id: job.id.0, born: Instant::now(), judge }
+        Self { echo, shop, jobs, id: job.id.0, born: uptime(), judge }
     }
 
     /// The job that is paid for, as its file has it: another one after the VM moved.
@@ -133,9 +142,20 @@ impl<E: Exchange, S: Shop> Home<E, S> {
         self.jobs.get(&self.id)
     }
 
+    /// Where it buys.
+    pub fn shop(&self) -> &S {
+        &self.shop
+    }
+
+    /// Notes what the broker says of the settled job.
+    pub fn settle(&mut self, told: &api::Job) -> Result<(), HomeError> {
+        self.jobs.update(&self.id, |job| job.settle(told))?;
+        Ok(())
+    }
+
     /// Looks how the VM stands, and buys and releases where it needs it, `has_progress`, and node and budget allow.
     pub fn step(&mut self, has_progress: bool) -> Result<Standing, HomeError> {
-        self.step_at(self.born.elapsed(), has_progress)
+        self.step_at(uptime().saturating_sub(self.born), has_progress)
     }
 
     /// The same at `now`, on a clock that begins anywhere and never jumps.

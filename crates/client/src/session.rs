@@ -101,7 +101,7 @@ impl Remote {
 pub struct Session<D> {
     dial: D,
     patience: Duration,
-    sleeps: Box<dyn FnMut() -> bool + Send>,
+    is_away: Box<dyn FnMut() -> bool + Send>,
     outbox: Arc<Outbox>,
     client: u64,
 }
@@ -137,12 +137,13 @@ impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
     pub fn new(dial: D, patience: Duration) -> Self {
         // Without random numbers there is no channel either: that error will tell.
         let client = getrandom::u64().unwrap_or(0);
-        Self { dial, patience, sleeps: Box::new(|| false), outbox: Arc::default(), client }
+        Self { dial, patience, is_away: Box::new(|| false), outbox: Arc::default(), client }
     }
 
-    /// A session that waits on, beyond its patience, while `sleeps` says that the guest is on its node's disk.
-    pub fn while_asleep(self, sleeps: impl FnMut() -> bool + Send + 'static) -> Self {
-        Self { sleeps: Box::new(sleeps), ..self }
+    /// A session that waits on, beyond its patience, while `is_away` says that the guest cannot answer and may yet: it is on
+    /// its node's disk, or the way there is cut. From the last time that it says so on, patience begins anew.
+    pub fn while_away(self, is_away: impl FnMut() -> bool + Send + 'static) -> Self {
+        Self { is_away: Box::new(is_away), ..self }
     }
 
     /// To signal, resize and detach while the session runs.
@@ -213,6 +214,7 @@ impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
         let grace = Duration::from_millis(GRACE_MS);
         let patience = if broken.is_some() { grace } else { self.patience };
         let (mut start, mut pause) = (Instant::now(), PAUSE_MIN);
+        let mut was_away = false;
         loop {
             let error = match (self.dial)() {
                 Ok(channel) => return Ok(Some(channel)),
@@ -221,10 +223,14 @@ impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
             if self.outbox.is_detaching() {
                 return Ok(None);
             }
-            if start.elapsed() >= patience && (self.sleeps)() {
+            let mut is_over = matches!(error, ChannelError::Foreign { .. });
+            if !is_over && start.elapsed() >= patience {
+                let is_away = (self.is_away)();
+                // One that was away at the last look has just come back, perhaps while this call was under way.
+                is_over = !std::mem::replace(&mut was_away, is_away) && !is_away;
                 start = Instant::now();
             }
-            if matches!(error, ChannelError::Foreign { .. }) || start.elapsed() >= patience {
+            if is_over {
                 return Err(match broken {
                     Some(broken) => SessionError::Lost(broken),
                     None => SessionError::Unreachable(error),
@@ -399,5 +405,35 @@ fn unexpected(frame: io::Result<AgentFrame<'_>>) -> Stop {
         }
         Ok(_) => Stop::Broken(ErrorKind::InvalidData.into()),
         Err(error) => Stop::Broken(error),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    /// Dials a guest that never answers, with no patience; how often, when the looks at where it is say `away`.
+    fn check(away: &'static [bool], expect: usize) {
+        let dials = Cell::new(0);
+        let peer = ([127, 0, 0, 1], 1).into();
+        let dial = || {
+            dials.set(dials.get() + 1);
+            let source = ErrorKind::ConnectionRefused.into();
+            Err(ChannelError::Connection { peer, source })
+        };
+        let mut looks = away.iter().copied();
+        let mut session = Session::new(dial, Duration::ZERO)
+            .while_away(move || looks.next().expect("no more looks than there are"));
+        assert!(matches!(session.connect(None), Err(SessionError::Unreachable(_))));
+        drop(session);
+        assert_eq!(dials.get(), expect, "{away:?}");
+    }
+
+    #[test]
+    fn a_guest_that_was_away_has_all_patience_when_it_is_back() {
+        check(&[false], 1);
+        check(&[true, true, true, false, false], 5);
+        check(&[true, false, true, false, false], 5);
     }
 }

@@ -12,7 +12,6 @@ use onde_client::node::NodeError;
 use onde_wire::packet::JobStatus;
 use onde_wire::token::JobId;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
-use std::time::Instant;
 
 use crate::cluster::Cluster;
 use crate::payer::{self, Outcome};
@@ -42,7 +41,8 @@ pub fn finish(
     }
 }
 
-/// Pays for a VM as [`payer::run`] does, wherever it moves meanwhile, also by itself: then the payer is who notes it.
+/// Pays for a VM as [`payer::run`] does, wherever it moves meanwhile, also by itself: then the payer is who notes it. A VM
+/// that was to move and whose new node is silent may live there: that is asked on until somebody knows.
 pub fn pay(
     cluster: &Cluster,
     home: &mut Home,
@@ -50,25 +50,20 @@ pub fn pay(
     report: &Report,
     dismissed: &Receiver<()>,
 ) -> Outcome {
-    let mut unsure_since = None;
     // No VM moves more often than there are files; an answer that is awaited counts for nothing.
     let mut moves = 1;
     while moves < JOBS_MAX {
         let outcome = payer::run(home, Progress::of(job), report, dismissed);
-        if !matches!(outcome, Outcome::Over(_) | Outcome::Lost) {
+        if outcome == Outcome::Dismissed {
             return outcome;
         }
         // The one that the home node saw end: its file may name another by now.
         let over = home.job().map(|job| job.id.0);
         match over.map_err(Into::into).and_then(|over| lives_on(cluster, &over)) {
-            Ok(Some(true)) => (moves, unsure_since) = (moves + 1, None),
+            Ok(Some(true)) => moves += 1,
             Ok(Some(false)) => return outcome,
-            // Whoever takes it for dead now would end the copy: its node is asked as long as any node is.
+            // Whoever takes it for dead now would end the copy.
             Ok(None) | Err(_) => {
-                let since = *unsure_since.get_or_insert_with(Instant::now);
-                if since.elapsed() > payer::LOST {
-                    return outcome;
-                }
                 if !matches!(dismissed.recv_timeout(STEP_PERIOD), Err(RecvTimeoutError::Timeout)) {
                     return Outcome::Dismissed;
                 }
@@ -85,10 +80,17 @@ fn lives_on(cluster: &Cluster, over: &JobId) -> Result<Option<bool>> {
     let mut is_sure = true;
     for new in jobs.iter().filter(|new| new.moves == Some(Hex(*over)) && new.settled.is_none()) {
         let answer = new.handle().status(&mut echo, Policy::default());
-        is_sure &= finish(cluster, new, &answer)?.is_some();
+        is_sure &= finish(cluster, new, &answer)?.is_some()
+            || (Word::of_status(&answer).is_none() && is_settled(cluster, new)?);
     }
     let has_moved = cluster.jobs.current(over)?.id.0 != *over;
     Ok((has_moved || is_sure).then_some(has_moved))
+}
+
+/// Whether the broker has settled a job whose node says nothing; then nothing is left of it, wherever it was.
+fn is_settled(cluster: &Cluster, job: &Job) -> Result<bool> {
+    let told = cluster.broker.job(&job.id.0)?;
+    Ok(cluster.jobs.update(&job.id.0, |job| job.settle(&told))?.settled.is_some())
 }
 
 /// The new VM has lived: it takes the old one's place, and the old one gives change.

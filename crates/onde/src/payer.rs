@@ -1,9 +1,16 @@
-//! The loop round a home node: a step each second, what it says to people, and when to give the VM up. `run` has
+//! The loop round a home node: a step each second, what it says to people, and when the VM is over. `run` has
 //! it in a thread, the wallet in one for each job.
+//!
+//! Silence alone never ends a VM: it may be this machine's own line that is down. A VM is over when its node says so, or
+//! knows no such job in its present life, or when the broker has settled the job.
 
+use onde_client::api;
 use onde_client::bootstrap;
+use onde_client::broker::Broker;
+use onde_client::echo::EchoError;
 use onde_client::home::{Home, HomeError, STEP_PERIOD, Standing};
 use onde_client::job::Job;
+use onde_client::node::NodeError;
 use onde_client::session::frames::FrameWriter;
 use onde_client::snapshot::tell_time;
 use onde_wire::machine::Stage;
@@ -18,10 +25,11 @@ use crate::progress::Progress;
 use crate::report::Report;
 use crate::table::{cost, span};
 
-/// A node that is silent for so long is lost: half of what the broker allows it before it credits.
-pub const LOST: Duration = Duration::from_secs(30);
-/// Silence that is worth a word.
+/// Silence that is worth a word, and a question to the broker.
 const SILENT: Duration = Duration::from_secs(5);
+/// Between two questions to the broker about a job whose node is silent. It gives a silent node up after a minute; a
+/// wallet with a thousand such jobs asks fifty times a second.
+const ASK_PERIOD: Duration = Duration::from_secs(20);
 
 /// A VM that has so few seconds left, and gets no more, is worth a word: time to pay by hand.
 const DRY_S: u64 = 30;
@@ -34,13 +42,16 @@ const CLOCK_PATIENCE: Duration = Duration::from_secs(30);
 pub enum Outcome {
     /// The VM is over.
     Over(JobStatus),
-    /// The node is silent, or knows nothing of the job: it is off or came up anew.
+    /// The node knows nothing of the job, since it came up anew; or it is silent, and the broker has settled the job.
     Lost,
-    /// The caller wanted no more, or somebody else settled the job.
+    /// Somebody else settled the job.
+    Settled,
+    /// The caller wanted no more.
     Dismissed,
 }
 
-/// Pays until the VM is over, its node is lost, or the other end of `dismissed` is dropped; while there is progress.
+/// Pays until the VM is over, its node is lost, or the other end of `dismissed` is dropped; while there is progress. While
+/// the node is silent it is asked on.
 pub fn run(
     home: &mut Home,
     mut progress: Progress,
@@ -48,6 +59,7 @@ pub fn run(
     dismissed: &Receiver<()>,
 ) -> Outcome {
     let (mut mood, mut courier) = (Mood::default(), Courier::default());
+    let mut inquiry = Inquiry::default();
     let mut stage = Stage::Booting;
     loop {
         let missing = progress.missing();
@@ -67,6 +79,11 @@ pub fn run(
         if let Some(outcome) = mood.judge(step, report) {
             return outcome;
         }
+        if let Some(told) = inquiry.ask(mood.silence(), || question(home)) {
+            // Where it cannot be noted now, whoever settles the job hears the same.
+            let _ = home.settle(&told);
+            return Outcome::Lost;
+        }
         if let Some(status) = status.filter(|status| is_paid_for && status.stage == Stage::Running)
         {
             // What fails here is tried again in a second, and the job is paid for as long as this process lives.
@@ -77,6 +94,48 @@ pub fn run(
             _ => return Outcome::Dismissed,
         }
     }
+}
+
+/// Asks the broker about the job of a silent node, in a thread: where the line is down it takes a minute to say so, and
+/// the node may answer again before that.
+#[derive(Default)]
+struct Inquiry {
+    asked: Option<JoinHandle<Option<api::Job>>>,
+    /// How many were begun in this silence.
+    count: u32,
+}
+
+impl Inquiry {
+    /// What the broker says of the job, once it has settled it. `silence` of the node so far; `None` ends the matter.
+    fn ask<Q: FnOnce() -> Option<api::Job> + Send + 'static>(
+        &mut self,
+        silence: Option<Duration>,
+        question: impl FnOnce() -> Option<Q>,
+    ) -> Option<api::Job> {
+        let Some(silence) = silence else {
+            *self = Self::default();
+            return None;
+        };
+        if let Some(back) = self.asked.take_if(|thread| thread.is_finished())
+            && let Ok(Some(told)) = back.join()
+        {
+            return Some(told);
+        }
+        if self.asked.is_none()
+            && silence >= SILENT + ASK_PERIOD * self.count
+            && let Some(question) = question()
+        {
+            self.count += 1;
+            self.asked = Some(std::thread::spawn(question));
+        }
+        None
+    }
+}
+
+/// Asks the broker whether the job is settled. A broker that cannot be reached says nothing.
+fn question(home: &Home) -> Option<impl FnOnce() -> Option<api::Job> + Send + use<>> {
+    let (broker, job): (Broker, Job) = (home.shop().clone(), home.job().ok()?);
+    Some(move || broker.job(&job.id.0).ok().filter(|told| told.settled_by.is_some()))
 }
 
 /// Brings the guest its purse, in a thread: a guest may be slow to answer, and its node is not to wait.
@@ -140,11 +199,16 @@ impl Mood {
                 self.hear(&standing, report);
                 match standing {
                     Standing::Over(status) => Some(Outcome::Over(status)),
-                    Standing::Settled => Some(Outcome::Dismissed),
+                    Standing::Settled => Some(Outcome::Settled),
                     _ => None,
                 }
             }
-            Err(HomeError::Node(error)) if error.is_silence() => self.miss(report),
+            Err(HomeError::Node(NodeError::Echo(
+                EchoError::Silent { .. } | EchoError::Socket { .. },
+            ))) => {
+                self.miss(report);
+                None
+            }
             Err(HomeError::Node(error)) if error.refusal() == Some(Status::NoJob) => {
                 Some(Outcome::Lost)
             }
@@ -216,12 +280,18 @@ impl Mood {
         self.told_progress = missing.is_some();
     }
 
-    fn miss(&mut self, report: &Report) -> Option<Outcome> {
+    fn miss(&mut self, report: &Report) {
         let silence = self.silent_since.get_or_insert_with(Instant::now).elapsed();
         if silence >= SILENT && !std::mem::replace(&mut self.told_silent, true) {
-            report.warn(&format!("the node is silent; lost after {} s", LOST.as_secs()));
+            report.warn(
+                "the node is silent: it is asked on, and paid when it answers; onde stop gives the job up",
+            );
         }
-        (silence >= LOST).then_some(Outcome::Lost)
+    }
+
+    /// How long the node has been silent; `None` where it answered last.
+    fn silence(&self) -> Option<Duration> {
+        self.silent_since.map(|since| since.elapsed())
     }
 }
 
@@ -234,17 +304,129 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use onde_client::echo::EchoError;
-    use onde_client::node::NodeError;
+    use onde_client::api::Hex;
+    use onde_wire::packet::EndReason;
+
+    const NODE: std::net::Ipv4Addr = std::net::Ipv4Addr::LOCALHOST;
+
+    fn silent() -> Result<Standing, HomeError> {
+        Err(NodeError::Echo(EchoError::Silent { node: NODE }).into())
+    }
+
+    /// A VM in this stage, with so much time left.
+    fn at(stage: Stage, seconds_left: u64) -> JobStatus {
+        JobStatus {
+            stage,
+            end: EndReason::None,
+            last_index: 0,
+            balance_micro: 0,
+            spent_micro: 0,
+            burn_micro_per_s: 0,
+            seconds_left,
+            purge_s: 0,
+            wake_micro: 0,
+            age_ms: 0,
+            cpu_us: 0,
+            mem_mib_ms: 0,
+            sent_bytes: 0,
+            disk_mib_ms: 0,
+            has_resumed: true,
+        }
+    }
 
     #[test]
-    fn one_lost_answer_is_no_lost_node_but_one_without_memory_is() {
-        let (mut mood, report, node) = (Mood::default(), Report::new(true), [127, 0, 0, 1].into());
-        let silent = || Err(NodeError::Echo(EchoError::Silent { node }).into());
+    fn silence_alone_never_ends_a_vm_but_a_node_without_memory_of_it_does() {
+        let (mut mood, report) = (Mood::default(), Report::new(true));
+        let unreachable = std::io::ErrorKind::NetworkUnreachable.into();
+        let unreachable = NodeError::Echo(EchoError::Socket { node: NODE, source: unreachable });
         assert_eq!(mood.judge(silent(), &report), None);
-        mood.silent_since = Instant::now().checked_sub(LOST);
-        assert_eq!(mood.judge(silent(), &report), Some(Outcome::Lost));
-        let refused = NodeError::Refused { node, status: Status::NoJob };
-        assert_eq!(Mood::default().judge(Err(refused.into()), &report), Some(Outcome::Lost));
+        mood.silent_since = Instant::now().checked_sub(Duration::from_secs(3600));
+        assert_eq!(mood.judge(silent(), &report), None, "an hour");
+        assert!(mood.told_silent && mood.silence().is_some_and(|silence| silence >= SILENT));
+        assert_eq!(mood.judge(Err(unreachable.into()), &report), None, "no way to it");
+        assert_eq!(mood.judge(Ok(Standing::Fine(at(Stage::Running, 60))), &report), None);
+        assert!(!mood.told_silent && mood.silence().is_none(), "it answered");
+        let refused = NodeError::Refused { node: NODE, status: Status::NoJob };
+        assert_eq!(mood.judge(Err(refused.into()), &report), Some(Outcome::Lost));
+        let over = at(Stage::Stopped, 0);
+        assert_eq!(mood.judge(Ok(Standing::Over(over)), &report), Some(Outcome::Over(over)));
+        assert_eq!(mood.judge(Ok(Standing::Settled), &report), Some(Outcome::Settled));
+    }
+
+    /// The broker's answer about a job that it has settled.
+    fn settled() -> api::Job {
+        api::Job {
+            id: Hex([1; 16]),
+            seq: 1,
+            node: 1,
+            node_id: Hex([2; 16]),
+            incarnation: Hex([3; 16]),
+            node_ipv4: NODE,
+            guest_ipv4: NODE,
+            mem_mib: 256,
+            vcpus: 1,
+            disk_mib: 0,
+            value_micro: 1,
+            first_count: 10,
+            sold: 10,
+            booted: true,
+            spent_micro: 3,
+            opened_at: 0,
+            settled_by: Some(api::SettledBy::NodeSilent),
+            settled_at: Some(9),
+            refund_micro: 7,
+        }
+    }
+
+    /// Asks after so many seconds of silence; whether that begins a question, and what came of those before.
+    fn check(
+        inquiry: &mut Inquiry,
+        silence_s: u64,
+        answer: Option<api::Job>,
+        expect: (bool, bool),
+    ) {
+        if let Some(asked) = &inquiry.asked {
+            while !asked.is_finished() {
+                std::thread::yield_now();
+            }
+        }
+        let mut begun = false;
+        let silence = Some(Duration::from_secs(silence_s));
+        let told = inquiry.ask(silence, || {
+            begun = true;
+            Some(move || answer)
+        });
+        assert_eq!((begun, told.is_some()), expect, "after {silence_s} s");
+    }
+
+    #[test]
+    fn the_broker_is_asked_about_a_silent_nodes_job_until_it_has_settled_it() {
+        let mut inquiry = Inquiry::default();
+        check(&mut inquiry, 4, None, (false, false));
+        check(&mut inquiry, 5, None, (true, false));
+        check(&mut inquiry, 6, None, (false, false));
+        check(&mut inquiry, 25, None, (true, false));
+        // One that answers again is asked about no more, and the next silence begins anew.
+        assert!(inquiry.ask(None, || Some(|| None)).is_none() && inquiry.asked.is_none());
+        check(&mut inquiry, 5, Some(settled()), (true, false));
+        check(&mut inquiry, 6, None, (false, true));
+    }
+
+    /// A home node's steps, and after each whether the customer was told that the VM runs dry.
+    #[test]
+    fn a_customer_hears_once_that_a_vm_runs_dry() {
+        let (mut mood, report) = (Mood::default(), Report::new(true));
+        let mut check = |standing: Standing, expect: bool| {
+            mood.warn_dry(&standing, &report);
+            assert_eq!(mood.told_dry, expect, "{standing:?}");
+        };
+        let at = |seconds_left| at(Stage::Running, seconds_left);
+        check(Standing::Fine(at(5)), false);
+        check(Standing::AtBudget(at(DRY_S)), false);
+        check(Standing::AtBudget(at(DRY_S - 1)), true);
+        check(Standing::Paid(at(60), 9), false);
+        check(Standing::Withheld(at(DRY_S)), false);
+        check(Standing::Withheld(at(3)), true);
+        check(Standing::Settled, false);
     }
 }

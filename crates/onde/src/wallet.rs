@@ -38,7 +38,7 @@ pub const BOOT_PATIENCE: Duration = Duration::from_secs(90);
 const OUTPUT_MAX: u64 = 64 << 20;
 /// Changes of job files are told at once; this is for those that are not, as on a network's file system.
 const LOOK_PERIOD: Timespec = Timespec { tv_sec: 5, tv_nsec: 0 };
-/// Between two tries to settle a job whose node is lost: the broker credits it within minutes.
+/// Between two tries to settle a job that is over: the broker may be away.
 const SETTLE_PERIOD: Duration = Duration::from_secs(10);
 
 /// Leaves `job` to the wallet, and starts one where there is none.
@@ -207,7 +207,7 @@ fn follow(cluster: &Cluster, job: &Job) -> Result<Remote> {
     // What a wallet before this one kept is not asked for again.
     let offset = output.file.metadata().map_or(0, |metadata| metadata.len());
     let session = Session::new(session::dial(&cluster.jobs, job), BOOT_PATIENCE)
-        .while_asleep(session::sleeps(&cluster.jobs, job));
+        .while_away(session::is_away(&cluster.jobs, job));
     let remote = session.remote();
     let (jobs, job) = (cluster.jobs.clone(), job.clone());
     std::thread::spawn(move || {

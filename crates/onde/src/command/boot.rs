@@ -4,6 +4,7 @@
 use anyhow::{Context, Result};
 use onde_client::echo::Echo;
 use onde_client::home::Home;
+use onde_client::node::NodeError;
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -41,9 +42,10 @@ pub fn run(context: Option<&str>, boot: &Boot, report: &Report) -> Result<ExitCo
     let (dismiss, dismissed) = channel();
     let followed = std::thread::scope(|scope| {
         let progress = Progress::of(&job);
-        let job = &job;
-        scope.spawn(move || payer::run(&mut home, progress, report, &dismissed));
-        let followed = console::print(job, true);
+        let payer = scope.spawn(move || payer::run(&mut home, progress, report, &dismissed));
+        // The payer knows when a silent node is lost.
+        let endures = |error: &NodeError| error.is_silence() && !payer.is_finished();
+        let followed = console::print(&job, endures, true);
         drop(dismiss);
         followed
     });

@@ -3,6 +3,7 @@
 use anyhow::Result;
 use onde_client::echo::{Echo, Policy};
 use onde_client::job::Job;
+use onde_client::node::{Handle, NodeError};
 use onde_wire::machine::Stage;
 use std::io::Write;
 use std::time::Duration;
@@ -16,30 +17,37 @@ const PERIOD: Duration = Duration::from_millis(250);
 
 pub fn run(name: &str, follow: bool) -> Result<()> {
     let (_cluster, job) = Cluster::open_for(name)?;
-    print(&job, follow)
+    print(&job, |error| follow && error.is_silence(), follow)
 }
 
-/// Prints the console; with `follow` until the VM is over.
-pub fn print(job: &Job, follow: bool) -> Result<()> {
+/// Prints the console; with `follow` until the VM is over. What the node does not say is asked for again while `endures`.
+pub fn print(job: &Job, endures: impl Fn(&NodeError) -> bool, follow: bool) -> Result<()> {
     let (handle, mut echo) = (job.handle(), Echo::open()?);
     let mut offset = 0;
     loop {
-        // Asked before the last bytes are read, so that none is missed.
-        let stage = handle.status(&mut echo, Policy::default())?.stage;
-        loop {
-            let slice = handle.console(&mut echo, offset)?;
-            let mut out = std::io::stdout().lock();
-            out.write_all(&slice.data[..usize::from(slice.len)])?;
-            out.flush()?;
-            offset = slice.offset + u64::from(slice.len);
-            if offset >= slice.total || slice.len == 0 {
-                break;
-            }
-        }
-        if !follow || !(stage.is_alive() || stage == Stage::Suspended) {
-            return Ok(());
+        match print_new(&handle, &mut echo, &mut offset) {
+            Ok(stage) if follow && (stage.is_alive() || stage == Stage::Suspended) => {}
+            Ok(_) => return Ok(()),
+            Err(error) if error.downcast_ref().is_some_and(&endures) => {}
+            Err(error) => return Err(error),
         }
         std::thread::sleep(PERIOD);
+    }
+}
+
+/// Prints what is behind `offset`; the stage from before that.
+fn print_new(handle: &Handle, echo: &mut Echo, offset: &mut u64) -> Result<Stage> {
+    // Asked before the last bytes are read, so that none is missed.
+    let stage = handle.status(echo, Policy::default())?.stage;
+    loop {
+        let slice = handle.console(echo, *offset)?;
+        let mut out = std::io::stdout().lock();
+        out.write_all(&slice.data[..usize::from(slice.len)])?;
+        out.flush()?;
+        *offset = slice.offset + u64::from(slice.len);
+        if *offset >= slice.total || slice.len == 0 {
+            return Ok(stage);
+        }
     }
 }
 

@@ -2,6 +2,7 @@
 //! pays meanwhile, and settles. The exit status is the program's.
 
 use anyhow::{Context, Result, anyhow};
+use onde_client::api::SettledBy;
 use onde_client::echo::Echo;
 use onde_client::home::Home;
 use onde_client::job::Job;
@@ -94,7 +95,7 @@ fn follow(
     report: &Report,
 ) -> Result<(Ended, Outcome), SessionError> {
     let session = Session::new(session::dial(&cluster.jobs, job), BOOT_PATIENCE)
-        .while_asleep(session::sleeps(&cluster.jobs, job));
+        .while_away(session::is_away(&cluster.jobs, job));
     let (remote, payers_remote) = (session.remote(), session.remote());
     let (dismiss, dismissed) = channel();
     let (leave, left) = channel();
@@ -139,16 +140,26 @@ fn crash(job: &Job, followed: &Result<(Ended, Outcome), SessionError>) -> Option
     match followed {
         Ok((Ended { exit: Some(_), .. }, _)) => None,
         Ok((_, Outcome::Over(status))) => Some(over(job, status)),
-        Ok((_, Outcome::Lost)) => Some(hinted(
-            format!("node {} is lost, and the VM with it", job.node),
-            "run it again on another node: onde node ls",
-        )),
+        Ok((_, Outcome::Lost | Outcome::Settled)) => Some(gone(job)),
         Ok((_, Outcome::Dismissed)) => None,
         Err(SessionError::Refused { .. } | SessionError::Output(_)) => None,
         Err(SessionError::Unreachable(_) | SessionError::Lost(_)) => {
             console::tail(job, CONSOLE_LINES)
                 .map(|tail| anyhow!("the guest cannot be reached; the end of its console:\n{tail}"))
         }
+    }
+}
+
+/// The job was settled while its program ran, or its node forgot it.
+fn gone(job: &Job) -> anyhow::Error {
+    match job.settled.map(|settled| settled.by) {
+        Some(SettledBy::Certificate | SettledBy::Unused) => {
+            hinted("the job was stopped from elsewhere", "onde ps --all lists it")
+        }
+        _ => hinted(
+            format!("node {} is lost, and the VM with it", job.node),
+            "run it again on another node: onde node ls",
+        ),
     }
 }
 

@@ -37,15 +37,20 @@ pub fn dial(jobs: &Jobs, job: &Job) -> impl FnMut() -> Result<Channel, ChannelEr
     }
 }
 
-/// Whether a job's VM is on its node's disk at present.
-pub fn sleeps(jobs: &Jobs, job: &Job) -> impl FnMut() -> bool + Send + use<> {
-    let (jobs, id, handle) = (jobs.clone(), job.id.0, job.handle());
+/// Whether a job's VM cannot answer and may yet: it is on its node's disk at present, or its node is silent. Who pays
+/// for it finds out when it is over.
+pub fn is_away(jobs: &Jobs, job: &Job) -> impl FnMut() -> bool + Send + use<> {
+    let (jobs, job) = (jobs.clone(), job.clone());
     move || {
         // Without its file the job is where it was.
-        let handle = jobs.current(&id).map_or_else(|_| handle.clone(), |job| job.handle());
+        let job = jobs.current(&job.id.0).unwrap_or_else(|_| job.clone());
         let asked = Echo::open().map_err(NodeError::from);
-        let status = asked.and_then(|mut echo| handle.status(&mut echo, Policy::default()));
-        status.is_ok_and(|status| status.stage == Stage::Suspended)
+        let status = asked.and_then(|mut echo| job.handle().status(&mut echo, Policy::default()));
+        job.settled.is_none()
+            && match status {
+                Ok(status) => status.stage == Stage::Suspended,
+                Err(error) => matches!(error, NodeError::Echo(_)),
+            }
     }
 }
 
