@@ -166,6 +166,9 @@ impl<E: Exchange, S: Shop> Home<E, S> {
         if job.settled.is_some() {
             return Ok(Standing::Settled);
         }
+        if job.lent.is_some() || job.inherits {
+            job = self.jobs.reckon(&self.id)?;
+        }
         let status = job.handle().status(&mut self.echo, POLICY)?;
         // The old VM ends when the new one lives.
         if !status.stage.is_alive() && self.follow()? {

@@ -2,9 +2,12 @@
 //! the job's key. `onde` and the home node share them: every change is a [`Jobs::update`], which reads the file
 //! anew under a lock, and a file is always whole, as it is written aside and renamed.
 
+pub mod budget;
+
 use crate::api::{Hex, JobOpened, Payment, Prices, Renewal, SettledBy};
 use crate::home::judge::Deal;
 use crate::node::Handle;
+use budget::Lent;
 use onde_wire::key::Key;
 use onde_wire::token::JobId;
 use rustix::fs::{FlockOperation, flock};
@@ -98,8 +101,14 @@ pub struct Job {
     /// Payment tokens that the node may have seen, those of the boot token included: written before they are shown.
     #[serde(default)]
     pub released: u32,
-    /// Most payment tokens that the home node buys in all.
+    /// Most payment tokens that the home node buys and releases in all.
     pub budget: u32,
+    /// The part of it that the job which its VM is to move to has.
+    #[serde(default)]
+    pub lent: Option<Lent>,
+    /// Whether what the old job of its VM leaves of the budget is still to come.
+    #[serde(default)]
+    pub inherits: bool,
     /// Seconds since 1970 at which it was bought.
     pub opened_at: u64,
     /// Whether an agent runs in it (`onde run`), or only what the customer booted (`onde boot`).
@@ -162,6 +171,8 @@ impl Job {
             sold: job.first_count,
             released: job.first_count,
             budget,
+            lent: None,
+            inherits: false,
             opened_at: now_s(),
             has_agent: false,
             exit: None,
@@ -296,6 +307,10 @@ impl Jobs {
     /// Adds a job file.
     pub fn add(&self, job: &Job) -> Result<(), JobsError> {
         let _lock = self.lock()?;
+        self.add_locked(job)
+    }
+
+    fn add_locked(&self, job: &Job) -> Result<(), JobsError> {
         let jobs = self.list()?;
         if let Some(name) = &job.name {
             check_name(name)?;
@@ -519,6 +534,8 @@ pub(crate) mod tests {
             sold: 10,
             released: 10,
             budget: 100,
+            lent: None,
+            inherits: false,
             opened_at,
             has_agent: true,
             exit: None,

@@ -29,13 +29,14 @@ pub fn finish(
     let Some(old) = new.moves.filter(|_| new.settled.is_none()) else { return Ok(None) };
     let old = cluster.jobs.list()?.into_iter().find(|job| job.id == old);
     // Known to have moved, and settled: the usual case.
-    let is_done = |old: &Job| old.moved_to.is_some() && old.settled.is_some();
+    let is_done = |old: &Job| old.moved_to.is_some() && old.settled.is_some() && !new.inherits;
     let Some(old) = old.filter(|old| !is_done(old)) else { return Ok(None) };
     match Word::of_status(answer) {
         Some(Word::Lived) => moved(cluster, &old, new).map(Some),
         Some(Word::Never) if old.moved_to.is_none() => {
             settle::settle(cluster, new, |_| {})?;
-            Ok(Some(cluster.jobs.update(&new.id.0, |_| {})?))
+            cluster.jobs.reckon(&old.id.0)?;
+            Ok(Some(cluster.jobs.get(&new.id.0)?))
         }
         _ => Ok(None),
     }
@@ -106,15 +107,9 @@ pub fn moved(cluster: &Cluster, old: &Job, new: &Job) -> Result<Job> {
         job.name = None;
     })?;
     // A silent node is settled by the broker later; the VM lives elsewhere.
-    let settled = settle::settle(cluster, old, |_| {})?;
+    settle::settle(cluster, old, |_| {})?;
+    cluster.jobs.reckon(&new.id.0)?;
     Ok(cluster.jobs.update(&new.id.0, |job| {
-        if let Some(settled) = &settled {
-            let spent_micro = settled.paid_micro.saturating_sub(settled.refund_micro);
-            let spent = spent_micro.div_ceil(old.value_micro.max(1));
-            let rest = u64::from(old.budget).saturating_sub(spent) as u32;
-            // What is bought is bought.
-            job.budget = rest.max(job.sold);
-        }
         job.kept = old.kept;
         job.watch = old.watch.clone();
         job.purse = old.purse;

@@ -66,7 +66,8 @@ pub fn next(deal: &Deal, status: &JobStatus, job: &Job) -> Act {
     if wanted <= released {
         return Act::Hold;
     }
-    let bought = job.bought().max(released);
+    // While its VM moves, a job may have bought more than its part of the budget: that is given back.
+    let bought = job.bought().min(job.budget).max(released);
     // One that ran dry sleeps until it gets this.
     let is_due = held < release / 2 || status.stage == Stage::Low || status.wake_micro > 0;
     if is_due && bought > released {
@@ -128,6 +129,10 @@ mod tests {
         check(&at(1170, 996), 1000, 996, Act::Show(1000));
         check(&at(1170, 1000), 1000, 1000, Act::AtBudget);
         check(&at(1160, 1000), 1000, 1000, Act::Hold);
+        // The rest of the budget went to the node that the VM moves to: so does what was bought of it.
+        let part = |budget| super::next(&DEAL, &at(100, 93), &job(200, 93, budget));
+        assert_eq!([part(101), part(95), part(93)], [Act::Show(101), Act::Show(95), Act::AtBudget]);
+        assert_eq!(part(50), Act::AtBudget);
     }
 
     #[test]

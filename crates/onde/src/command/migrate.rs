@@ -15,6 +15,7 @@ use onde_client::echo::{Echo, Policy};
 use onde_client::fork::ticket;
 use onde_client::home::{Home, STEP_PERIOD};
 use onde_client::job::Job;
+use onde_client::job::budget::PART_MIN;
 use onde_client::migration::Word;
 use onde_client::mover::{self, Ended, Event};
 use onde_client::snapshot::tell_time;
@@ -38,8 +39,8 @@ const PATIENCE: Duration = Duration::from_secs(15);
 /// node after 90 s, and one that may live after the source's own patience.
 const DOUBT: Duration = Duration::from_secs(150);
 const DOUBT_PERIOD: Duration = Duration::from_millis(500);
-/// Least first payment, tokens: the bootstrap, the stream, and some time to pay more.
-const FIRST_MIN: u32 = 10;
+/// How long a ticket is good for, seconds: the time in which a boot token has to be shown.
+const TICKET_S: u64 = 120;
 
 #[derive(Serialize)]
 struct Told {
@@ -118,7 +119,7 @@ fn one(cluster: &Cluster, old: &Job, node: u32, is_json: bool, report: &Report) 
     }
     settle_earlier(cluster, old)?;
     let begun = Instant::now();
-    let (opened, new) = buy_for(cluster, old, node, None)?;
+    let (opened, new) = buy_for(cluster, old, node, None, 0)?;
     report.line(&format!("job {} goes to node {node} as {}", old.short_id(), new.short_id()));
     let (dismiss, dismissed) = channel();
     let ended = std::thread::scope(|scope| {
@@ -133,6 +134,7 @@ fn one(cluster: &Cluster, old: &Job, node: u32, is_json: bool, report: &Report) 
         Ended::Moved(silence) => Some(silence),
         Ended::Stayed(why) => {
             settle::tell(cluster, &new, report);
+            cluster.jobs.reckon(&old.id.0)?;
             return Err(hinted(
                 format!("job {} stays on node {}: {why}", old.short_id(), old.node),
                 "nothing is lost but a few tokens; try again, or another node",
@@ -167,12 +169,18 @@ fn buy_for(
     old: &Job,
     node: u32,
     tokens: Option<u32>,
+    wait_s: u64,
 ) -> Result<(JobOpened, Job)> {
+    let old = &cluster.jobs.reckon(&old.id.0)?;
     let status = old.handle().status(&mut Echo::open()?, Policy::default())?;
-    // What is left of the budget goes along, and so does what the old node gives back.
-    let change = status.balance_micro / old.value_micro.max(1);
-    let rest = old.budget.saturating_sub(old.sold).saturating_add(change as u32);
-    let (first, budget) = payment(tokens, Some(rest.max(FIRST_MIN)));
+    let part = |old: &Job| old.part(&status, tokens.unwrap_or(PART_MIN), wait_s);
+    let spent = |left| {
+        let id = old.short_id();
+        let text =
+            format!("job {id} has {left} tokens of its budget left, a move takes {PART_MIN}");
+        hinted(text, "onde pay JOB N adds to the budget")
+    };
+    let (first, budget) = payment(tokens, Some(part(old).map_err(spent)?));
     let request = JobRequest {
         idempotency_key: new_key()?,
         node: Some(NodeChoice::Number(node)),
@@ -189,8 +197,13 @@ fn buy_for(
     let opened = buy(&cluster.broker, &request)?;
     let mut new = Job::new(&opened, &old.title, &cluster.name, budget);
     new.has_agent = true;
-    new.moves = Some(old.id);
-    cluster.jobs.add(&new)?;
+    // Its boot token is shown to nobody where this fails: the broker gives all of it back.
+    let _turn = cluster.jobs.turn(&old.id.0)?;
+    let new = cluster.jobs.split(&old.id.0, &new, part)?;
+    let new = new.ok_or_else(|| {
+        let text = format!("job {} used up its budget meanwhile", old.short_id());
+        hinted(text, "onde pay JOB N adds to the budget")
+    })?;
     Ok((opened, new))
 }
 
@@ -198,7 +211,7 @@ fn buy_for(
 pub fn print_ticket(name: &str, node: u32, tokens: u32) -> Result<()> {
     let (cluster, old) = session::open(name)?;
     settle_earlier(&cluster, &old)?;
-    let (opened, _) = buy_for(&cluster, &old, node, Some(tokens))?;
+    let (opened, _) = buy_for(&cluster, &old, node, Some(tokens), TICKET_S)?;
     let bytes = ticket(&opened).emit();
     print(&(bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>() + "\n"))
 }
