@@ -145,9 +145,14 @@ pub enum Command {
         job: JobName,
     },
     /// Go on with a job's VM that is on its node's disk
+    ///
+    /// With --node it wakes up where it is and then moves, as by `onde migrate`. If the move fails, it runs on where it slept.
     Resume {
         #[command(flatten)]
         job: JobName,
+        /// Number of the node to move it to
+        #[arg(long, value_name = "NODE")]
+        node: Option<u32>,
     },
     /// End a job's VM, and get the change
     Stop {
@@ -164,6 +169,10 @@ pub enum Command {
         #[arg(long, value_name = "N", default_value_t = 1)]
         #[arg(value_parser = clap::value_parser!(u16).range(1..=64))]
         vcpus: u16,
+        /// A disk of its own, MiB
+        #[arg(long, value_name = "MiB", default_value_t = 0, hide_default_value = true)]
+        #[arg(value_parser = clap::value_parser!(u32).range(..=32768))]
+        disk: u32,
         /// Hours that it runs
         #[arg(long, value_name = "N", default_value_t = 1)]
         #[arg(value_parser = clap::value_parser!(u32).range(1..=87600))]
@@ -256,10 +265,10 @@ pub struct Migrate {
     /// Number of the node to move to
     #[arg(value_name = "NODE", required_unless_present = "drain", conflicts_with = "drain")]
     pub node: Option<u32>,
-    /// Move all your jobs away from this node
+    /// Move all your jobs away from this node; those that sleep are woken for it, and sleep again
     #[arg(long, value_name = "N")]
     pub drain: Option<u32>,
-    /// Number of the node to move them to [default: whichever has the most room]
+    /// Number of the node to move them to [default: for each the cheapest that fits]
     #[arg(long, value_name = "N", requires = "drain")]
     pub to: Option<u32>,
     /// As JSON, a line each: how far it is, and what came of it
@@ -582,6 +591,7 @@ mod tests {
         check("onde suspend a1", true);
         check("onde suspend", false);
         check("onde resume a1", true);
+        check("onde resume a1 --node 2", true);
         check("onde lab up --nodes 3", true);
         check("onde lab --help", true);
         check("onde node run --interface eth0 --cluster c", true);
@@ -596,6 +606,8 @@ mod tests {
         check("onde account use K --pin sha256:00", false);
         check("onde ps --all --json -q", true);
         check("onde price --memory 512 --vcpus 2 --hours 3 --json", true);
+        check("onde price --disk 1024", true);
+        check("onde price --disk 40000", false);
         check("onde price --hours 0", false);
         check("onde ps --cost", true);
         check("onde wallet serve", true);

@@ -64,10 +64,14 @@ pub fn run(cli: Cli) -> Result<ExitCode> {
         Command::Logs { job, follow } => done(session::logs(&job.job, follow, &report)),
         Command::Pay { job, tokens } => done(job::pay(&job.job, tokens, &report)),
         Command::Suspend { job } => done(sleep::suspend(&job.job)),
-        Command::Resume { job } => done(sleep::resume(&job.job)),
+        Command::Resume { job, node: None } => done(sleep::resume(&job.job)),
+        Command::Resume { job, node: Some(node) } => {
+            done(migrate::wake_on(&job.job, node, &report))
+        }
         Command::Stop { job } => done(job::stop(&job.job, &report)),
-        Command::Price { memory, vcpus, hours, json } => {
-            done(price::run(context, memory, vcpus, hours, json))
+        Command::Price { memory, vcpus, disk, hours, json } => {
+            let shape = price::Shape { mem_mib: memory, vcpus, disk_mib: disk };
+            done(price::run(context, &shape, hours, json))
         }
         Command::Node(Node::Ls { json }) => done(node::list(context, json)),
         Command::Node(Node::Run { interface, cluster, node }) => {
@@ -108,4 +112,75 @@ fn print_bytes(bytes: &[u8]) -> Result<()> {
 /// Writes JSON for programs.
 fn print_json(value: &impl Serialize) -> Result<()> {
     print(&(serde_json::to_string_pretty(value)? + "\n"))
+}
+
+/// What tests of several commands need.
+#[cfg(test)]
+pub mod tests {
+    use onde_client::api::Hex;
+    use onde_client::job::Job;
+    use onde_wire::machine::Stage;
+    use onde_wire::packet::{EndReason, JobStatus};
+    use std::net::Ipv4Addr;
+
+    /// A VM in this stage, that has used nothing.
+    pub fn status(stage: Stage) -> JobStatus {
+        JobStatus {
+            stage,
+            end: EndReason::None,
+            last_index: 0,
+            balance_micro: 0,
+            spent_micro: 0,
+            burn_micro_per_s: 0,
+            seconds_left: 0,
+            purge_s: 0,
+            wake_micro: 0,
+            age_ms: 0,
+            cpu_us: 0,
+            mem_mib_ms: 0,
+            sent_bytes: 0,
+            disk_mib_ms: 0,
+            has_resumed: true,
+        }
+    }
+
+    /// An open job of a packed program.
+    pub fn job() -> Job {
+        Job {
+            id: Hex([0xA1; 16]),
+            key: Hex([1; 32]),
+            name: None,
+            title: "ls".to_owned(),
+            context: "lab".to_owned(),
+            node: 1,
+            node_ipv4: Ipv4Addr::LOCALHOST,
+            guest_ipv4: Ipv4Addr::LOCALHOST,
+            mem_mib: 256,
+            held_mib: 0,
+            vcpus: 1,
+            disk_mib: 0,
+            prices: None,
+            keep_s: 0,
+            value_micro: 1_000_000,
+            sold: 30,
+            released: 30,
+            budget: 100,
+            lent: None,
+            inherits: false,
+            opened_at: 0,
+            has_agent: true,
+            exit: None,
+            kept: false,
+            watch: None,
+            purse: 0,
+            purse_last: 0,
+            distrust: None,
+            purchase: None,
+            payments: Vec::new(),
+            renewals: Vec::new(),
+            settled: None,
+            moves: None,
+            moved_to: None,
+        }
+    }
 }

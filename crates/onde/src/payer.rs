@@ -304,8 +304,8 @@ fn chain(error: &dyn std::error::Error) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::command::tests::status;
     use onde_client::api::Hex;
-    use onde_wire::packet::EndReason;
 
     const NODE: std::net::Ipv4Addr = std::net::Ipv4Addr::LOCALHOST;
 
@@ -315,23 +315,7 @@ mod tests {
 
     /// A VM in this stage, with so much time left.
     fn at(stage: Stage, seconds_left: u64) -> JobStatus {
-        JobStatus {
-            stage,
-            end: EndReason::None,
-            last_index: 0,
-            balance_micro: 0,
-            spent_micro: 0,
-            burn_micro_per_s: 0,
-            seconds_left,
-            purge_s: 0,
-            wake_micro: 0,
-            age_ms: 0,
-            cpu_us: 0,
-            mem_mib_ms: 0,
-            sent_bytes: 0,
-            disk_mib_ms: 0,
-            has_resumed: true,
-        }
+        JobStatus { seconds_left, ..status(stage) }
     }
 
     #[test]

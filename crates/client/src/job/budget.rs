@@ -99,6 +99,18 @@ impl Jobs {
         Ok(Some(new))
     }
 
+    /// Gives the part of `new` back at once: its boot token was never taken, and nobody will show it any more. What was
+    /// bought for it the broker gives back when the token has expired.
+    pub fn forgo(&self, old: &JobId, new: &JobId) -> Result<(), JobsError> {
+        self.update(new, |job| (job.moves, job.inherits, job.budget) = (None, false, job.sold))?;
+        self.update(old, |job| {
+            if let Some(lent) = job.lent.take_if(|lent| lent.to.0 == *new) {
+                job.budget = job.budget.saturating_add(lent.tokens);
+            }
+        })?;
+        Ok(())
+    }
+
     /// Takes in what a move left to reckon of this job's budget, once that is known. The job as it is then.
     pub fn reckon(&self, id: &JobId) -> Result<Job, JobsError> {
         let _lock = self.lock()?;
@@ -233,6 +245,14 @@ mod tests {
         jobs.update(&NEW, |job| job.budget += 7).unwrap();
         jobs.update(&OLD, |job| job.settled = Some(settled(60, 18_999_999))).unwrap();
         assert_eq!(budgets(&jobs)[1], 612 - 42);
+    }
+
+    #[test]
+    fn a_move_that_never_began_costs_nothing_and_bars_no_other() {
+        let (_folder, jobs) = begun("forgone");
+        jobs.forgo(&OLD, &NEW).unwrap();
+        assert_eq!(budgets(&jobs), [600, 30]);
+        assert_eq!((jobs.get(&OLD).unwrap().lent, jobs.get(&NEW).unwrap().moves), (None, None));
     }
 
     #[test]

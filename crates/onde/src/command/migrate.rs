@@ -7,6 +7,9 @@
 //!                                    '--> connection lost --> the new node is asked until it knows
 //! ```
 
+mod drain;
+mod watch;
+
 use anyhow::{Context, Result};
 use onde_client::api::{Hex, JobOpened, JobRequest, NodeChoice};
 use onde_client::bootstrap;
@@ -17,21 +20,22 @@ use onde_client::home::{Home, STEP_PERIOD};
 use onde_client::job::Job;
 use onde_client::job::budget::PART_MIN;
 use onde_client::migration::Word;
-use onde_client::mover::{self, Ended, Event};
+use onde_client::mover::{self, Ended};
 use onde_client::snapshot::tell_time;
 use onde_wire::key::sha256;
-use onde_wire::session::Round;
+use onde_wire::packet::Status;
 use serde::Serialize;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use super::{print, session};
+use super::{print, session, sleep};
 use crate::cli::Migrate;
 use crate::cluster::Cluster;
-use crate::failure::{self, hinted};
+use crate::failure::hinted;
 use crate::launch::{buy, loader, payment};
 use crate::report::Report;
 use crate::{moving, settle};
+use watch::Watch;
 
 /// How long a running guest may take to answer.
 const PATIENCE: Duration = Duration::from_secs(15);
@@ -62,52 +66,11 @@ pub fn run(context: Option<&str>, order: &Migrate, report: &Report) -> Result<()
         let node = order.node.context("no node to move to")?;
         return tell(&one(&cluster, &job, node, order.json, report)?, order.json);
     };
-    let cluster = Cluster::open(context)?;
-    let mut jobs = cluster.jobs.list()?;
-    jobs.retain(|job| {
-        job.settled.is_none() && job.moved_to.is_none() && job.context == cluster.name
-    });
-    jobs.retain(|job| job.node == drained);
-    let mut failed = 0;
-    for job in jobs {
-        let to = away(&cluster, &job, drained, order.to);
-        match to.and_then(|to| one(&cluster, &job, to, order.json, report)) {
-            Ok(told) => tell(&told, order.json)?,
-            Err(error) => {
-                failed += 1;
-                report.warn(&format!("job {} stays on node {drained}", job.short_id()));
-                eprintln!("{}", failure::lines(&error));
-            }
-        }
-    }
-    match failed {
-        0 => Ok(()),
-        _ => Err(hinted(
-            format!("{failed} jobs are still on node {drained}"),
-            "onde ps lists them; onde stop ends one",
-        )),
-    }
+    drain::run(context, drained, order, report)
 }
 
 fn tell(told: &Told, is_json: bool) -> Result<()> {
     if is_json { print_line(told) } else { print(&text(told)) }
-}
-
-/// Where a job can go: the node asked for, or the one with the most room.
-fn away(cluster: &Cluster, job: &Job, from: u32, to: Option<u32>) -> Result<u32> {
-    if !job.has_agent {
-        let text = format!("job {} has no agent: it runs a kernel of your own", job.short_id());
-        return Err(hinted(text, "onde stop JOB"));
-    }
-    if let Some(to) = to {
-        return Ok(to);
-    }
-    let mut nodes = cluster.broker.nodes()?;
-    nodes.retain(|node| node.alive && node.number != from && node.slots_free > 0);
-    nodes.retain(|node| node.mem_mib_free >= job.mem_mib);
-    let best = nodes.into_iter().max_by_key(|node| node.mem_mib_free);
-    let none = || hinted("no other node has room".to_owned(), "onde node ls");
-    Ok(best.ok_or_else(none)?.number)
 }
 
 fn one(cluster: &Cluster, old: &Job, node: u32, is_json: bool, report: &Report) -> Result<Told> {
@@ -133,8 +96,7 @@ fn one(cluster: &Cluster, old: &Job, node: u32, is_json: bool, report: &Report) 
     let silence = match ended {
         Ended::Moved(silence) => Some(silence),
         Ended::Stayed(why) => {
-            settle::tell(cluster, &new, report);
-            cluster.jobs.reckon(&old.id.0)?;
+            stayed(cluster, old, &new, report)?;
             return Err(hinted(
                 format!("job {} stays on node {}: {why}", old.short_id(), old.node),
                 "nothing is lost but a few tokens; try again, or another node",
@@ -158,9 +120,35 @@ fn one(cluster: &Cluster, old: &Job, node: u32, is_json: bool, report: &Report) 
         node,
         seconds: begun.elapsed().as_secs_f64(),
         silence_ms: silence.map(|silence| silence.as_secs_f64() * 1e3),
-        rounds: watch.round.number + 1,
-        sent_bytes: watch.bytes,
+        rounds: watch.rounds(),
+        sent_bytes: watch.sent_bytes(),
     })
+}
+
+/// The VM goes on where it was: the new job gives change, and its part of the budget comes back.
+fn stayed(cluster: &Cluster, old: &Job, new: &Job, report: &Report) -> Result<()> {
+    settle::tell(cluster, new, report);
+    if cluster.jobs.get(&new.id.0)?.settled.is_none() {
+        let answer = new.handle().status(&mut Echo::open()?, Policy::default());
+        // Its boot token was not taken, and the guest has given it up; the broker settles it when it has expired.
+        if answer.is_err_and(|error| error.refusal() == Some(Status::NoJob)) {
+            cluster.jobs.forgo(&old.id.0, &new.id.0)?;
+        }
+    }
+    cluster.jobs.reckon(&old.id.0)?;
+    Ok(())
+}
+
+/// `onde resume JOB --node NODE`: wakes the VM up where it sleeps, and moves it.
+pub fn wake_on(name: &str, node: u32, report: &Report) -> Result<()> {
+    let (cluster, job) = session::open(name)?;
+    sleep::wake(&job)?;
+    if job.node == node {
+        return print(&format!("job {} runs on node {node}\n", job.short_id()));
+    }
+    report.line(&format!("job {} is awake on node {}", job.short_id(), job.node));
+    let there = || format!("job {} is awake, and runs on node {}", job.short_id(), job.node);
+    tell(&one(&cluster, &job, node, false, report).with_context(there)?, false)
 }
 
 /// Buys the VM to move to, and notes it in a file before anything is sent: whatever happens, the job is found again.
@@ -273,95 +261,6 @@ fn judge(cluster: &Cluster, old: &Job, new: &Job) -> Result<()> {
         ),
         "onde ps finds out as soon as it answers; the VM lives on one of the two, or waits",
     ))
-}
-
-/// How far a move is: what a program that watches reads, and the words for people.
-#[derive(Serialize)]
-struct Progress<'a> {
-    event: &'static str,
-    from: &'a str,
-    round: u32,
-    /// In this round.
-    pages: u64,
-    pages_left: u64,
-    /// In all rounds.
-    sent_bytes: u64,
-    bytes_per_s: f64,
-    /// Until this round is over, as fast as it went so far.
-    seconds_left: Option<f64>,
-}
-
-/// What is seen of a move.
-struct Watch {
-    spinner: crate::report::Spinner,
-    is_json: bool,
-    from: String,
-    /// When the first byte was sent.
-    begun: Option<Instant>,
-    round: Round,
-    round_begun: Instant,
-    bytes: u64,
-}
-
-impl Watch {
-    fn new(report: &Report, old: &Job, is_json: bool) -> Self {
-        Self {
-            spinner: report.spinner(),
-            is_json,
-            from: old.short_id(),
-            begun: None,
-            round: Round { number: 0, pages: 0 },
-            round_begun: Instant::now(),
-            bytes: 0,
-        }
-    }
-
-    fn hear(&mut self, event: Event) {
-        let pages_left = match event {
-            Event::Round(round) => {
-                (self.round, self.round_begun) = (round, Instant::now());
-                round.pages
-            }
-            Event::Sent(pages_left, bytes) => {
-                self.bytes = bytes;
-                pages_left
-            }
-        };
-        self.begun.get_or_insert_with(Instant::now);
-        let progress = self.progress(pages_left);
-        if self.is_json {
-            // A reader that is gone is no reason to stay.
-            let _ = print_line(&progress);
-        }
-        self.spinner.say(|| words(&progress));
-    }
-
-    fn progress(&self, pages_left: u64) -> Progress<'_> {
-        let seconds = self.begun.map_or(0.0, |begun| begun.elapsed().as_secs_f64());
-        let done = self.round.pages.saturating_sub(pages_left);
-        let round_s = self.round_begun.elapsed().as_secs_f64();
-        Progress {
-            event: "progress",
-            from: &self.from,
-            round: self.round.number,
-            pages: self.round.pages,
-            pages_left,
-            sent_bytes: self.bytes,
-            bytes_per_s: if seconds > 0.0 { self.bytes as f64 / seconds } else { 0.0 },
-            seconds_left: (done > 0).then(|| round_s * pages_left as f64 / done as f64),
-        }
-    }
-}
-
-fn words(progress: &Progress<'_>) -> String {
-    let Progress { round, pages, pages_left, sent_bytes, bytes_per_s, seconds_left, .. } = progress;
-    let mib = |bytes: f64| bytes / f64::from(1 << 20);
-    let left = seconds_left.map_or(String::new(), |left| format!(", about {left:.0} s"));
-    format!(
-        "round {round}: {pages_left} of {pages} pages left, {:.1} MiB sent, {:.1} MiB/s{left}",
-        mib(*sent_bytes as f64),
-        mib(*bytes_per_s)
-    )
 }
 
 /// One line of JSON.

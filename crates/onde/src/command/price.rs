@@ -3,6 +3,7 @@
 
 use anyhow::Result;
 use onde_client::api::Node;
+use onde_client::job::Job;
 use onde_wire::packet::Prices;
 use serde::Serialize;
 
@@ -10,13 +11,28 @@ use super::{print, print_json};
 use crate::cluster::Cluster;
 use crate::table::{cost, rate, render};
 
+/// What is to be compared.
+pub struct Shape {
+    pub mem_mib: u32,
+    pub vcpus: u16,
+    pub disk_mib: u32,
+}
+
+impl Shape {
+    /// The job's.
+    pub fn of(job: &Job) -> Self {
+        Self { mem_mib: job.mem_mib, vcpus: job.vcpus, disk_mib: job.disk_mib }
+    }
+}
+
 /// What one node charges for the shape.
 #[derive(Debug, PartialEq, Eq, Serialize)]
-struct Row {
-    node: u32,
+pub struct Row {
+    pub node: u32,
     ipv4: std::net::Ipv4Addr,
-    /// Whether it could be bought now.
-    has_room: bool,
+    /// Whether it could be bought now; what is left of its disk only the node knows.
+    pub has_room: bool,
+    mem_mib_free: u32,
     idle_micro_per_s: u64,
     busy_micro_per_s: u64,
     hours: u32,
@@ -25,9 +41,9 @@ struct Row {
     gib_sent_micro: u64,
 }
 
-pub fn run(context: Option<&str>, memory: u32, vcpus: u16, hours: u32, json: bool) -> Result<()> {
+pub fn run(context: Option<&str>, shape: &Shape, hours: u32, json: bool) -> Result<()> {
     let nodes = Cluster::open(context)?.broker.nodes()?;
-    let rows = compare(&nodes, memory, vcpus, hours);
+    let rows = compare(&nodes, shape, hours);
     if json {
         return print_json(&rows);
     }
@@ -50,17 +66,19 @@ pub fn run(context: Option<&str>, memory: u32, vcpus: u16, hours: u32, json: boo
     print(&render(&head, &cells))
 }
 
-/// The nodes that are there, the cheapest for a busy VM first; of equals, one with room.
-fn compare(nodes: &[Node], mem_mib: u32, vcpus: u16, hours: u32) -> Vec<Row> {
+/// The nodes that are there, the cheapest for a busy VM first; of equals, one with room, and with more of it.
+pub fn compare(nodes: &[Node], shape: &Shape, hours: u32) -> Vec<Row> {
+    let &Shape { mem_mib, vcpus, disk_mib } = shape;
     let row = |node: &Node| {
         let prices = Prices::from(node.prices);
-        let idle_micro_per_s = prices.held_micro_per_s(mem_mib, 0);
-        let busy_micro_per_s = prices.busy_micro_per_s(vcpus, mem_mib, 0);
+        let idle_micro_per_s = prices.held_micro_per_s(mem_mib, disk_mib);
+        let busy_micro_per_s = prices.busy_micro_per_s(vcpus, mem_mib, disk_mib);
         let seconds = u64::from(hours) * 3600;
         Row {
             node: node.number,
             ipv4: node.ipv4,
             has_room: node.slots_free > 0 && node.mem_mib_free >= mem_mib && node.cpus >= vcpus,
+            mem_mib_free: node.mem_mib_free,
             idle_micro_per_s,
             busy_micro_per_s,
             hours,
@@ -71,17 +89,19 @@ fn compare(nodes: &[Node], mem_mib: u32, vcpus: u16, hours: u32) -> Vec<Row> {
     };
     let mut rows: Vec<_> = nodes.iter().filter(|node| node.alive).map(row).collect();
     rows.sort_by_key(|row| {
-        (row.busy_micro_per_s, row.idle_micro_per_s, !row.has_room, row.gib_sent_micro, row.node)
+        let cost = (row.busy_micro_per_s, row.idle_micro_per_s, !row.has_room, row.gib_sent_micro);
+        (cost, std::cmp::Reverse(row.mem_mib_free), row.node)
     });
     rows
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
     use onde_client::api::{self, Hex};
 
-    fn node(number: u32, vcpu_s: u64, gib_s: u64, mem_mib_free: u32) -> Node {
+    /// A node with two processors.
+    pub fn node(number: u32, vcpu_s: u64, gib_s: u64, mem_mib_free: u32) -> Node {
         Node {
             number,
             id: Hex([0; 16]),
@@ -99,9 +119,23 @@ mod tests {
     }
 
     fn check(nodes: &[Node], vcpus: u16, expect: &[(u32, u64, bool)]) {
-        let rows = compare(nodes, 512, vcpus, 2);
+        let rows = compare(nodes, &Shape { mem_mib: 512, vcpus, disk_mib: 0 }, 2);
         let got: Vec<_> = rows.iter().map(|row| (row.node, row.busy_micro, row.has_room)).collect();
         assert_eq!(got, expect);
+    }
+
+    #[test]
+    fn a_disk_counts() {
+        let disk = |number, vcpu_s, disk_gib_s| Node {
+            prices: api::Prices { vcpu_s, gib_s: 0, gib_sent: 0, disk_gib_s },
+            ..node(number, 0, 0, 4096)
+        };
+        let shape = |disk_mib| Shape { mem_mib: 512, vcpus: 1, disk_mib };
+        let nodes = [disk(1, 100, 50), disk(2, 120, 10)];
+        let order =
+            |shape| compare(&nodes, &shape, 1).iter().map(|row| row.node).collect::<Vec<_>>();
+        assert_eq!((order(shape(0)), order(shape(1024))), (vec![1, 2], vec![2, 1]));
+        assert_eq!(compare(&nodes, &shape(1024), 1)[0].idle_micro_per_s, 10);
     }
 
     #[test]

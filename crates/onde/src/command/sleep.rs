@@ -37,16 +37,23 @@ pub fn suspend(name: &str) -> Result<()> {
 }
 
 pub fn resume(name: &str) -> Result<()> {
-    let (job, mut echo) = open(name)?;
+    let (job, _) = open(name)?;
+    let status = wake(&job)?;
+    let left = span(status.seconds_left);
+    print(&format!("job {} runs on node {}, {left} left\n", job.short_id(), job.node))
+}
+
+/// Wakes a VM up, and waits until it is awake. One that is awake goes on.
+pub fn wake(job: &Job) -> Result<JobStatus> {
+    let mut echo = Echo::open()?;
     job.handle().wake(&mut echo)?;
-    let status = until(&job, &mut echo, |status| status.stage.is_alive(), "is not awake yet")?;
+    let status = until(job, &mut echo, |status| status.stage.is_alive(), "is not awake yet")?;
     if job.has_agent {
         // Its clock stood still. A guest whose clock is wrong serves all the same.
         let awake = bootstrap::connect(&job.handle(), job.guest_ipv4, CLOCK_PATIENCE);
         let _ = awake.map(tell_time);
     }
-    let left = span(status.seconds_left);
-    print(&format!("job {} runs on node {}, {left} left\n", job.short_id(), job.node))
+    Ok(status)
 }
 
 fn open(name: &str) -> Result<(Job, Echo)> {
