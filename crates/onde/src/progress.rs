@@ -47,7 +47,11 @@ impl Progress {
 
     /// Why the job is taken to make no progress now; `None` while it does.
     pub fn missing(&mut self) -> Option<String> {
-        let now = self.born.elapsed();
+        self.missing_at(self.born.elapsed())
+    }
+
+    /// The same so long after the watch began.
+    fn missing_at(&mut self, now: Duration) -> Option<String> {
         if let Some((Watch { file: Some(file), within_s, .. }, seen)) = &mut self.file
             && !seen.look(now, stamp(file), Duration::from_secs((*within_s).into()))
         {
@@ -154,6 +158,35 @@ fn finish(mut child: Child, limit: Duration) -> std::io::Result<Option<ExitStatu
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    use crate::cli::{Cli, Command as Ordered};
+    use clap::Parser;
+
+    /// What watches a job that was ordered so.
+    fn ordered(line: &str) -> Progress {
+        let Ordered::Run(run) = Cli::parse_from(line.split(' ')).command else {
+            panic!("not `run`");
+        };
+        let watch = crate::launch::watch(&run.order).unwrap();
+        Progress::of(&Job { watch, ..crate::command::tests::job() })
+    }
+
+    #[test]
+    fn a_progress_file_that_stays_as_it_is_withholds_payment_until_it_changes() {
+        let file = std::env::temp_dir().join(format!("onde-progress-{}", std::process::id()));
+        fs::write(&file, "1").unwrap();
+        let name = file.display();
+        let line = format!("onde run --progress-file {name} --progress-within 9 -- ls");
+        let mut progress = ordered(&line);
+        let mut missing = |seconds| progress.missing_at(Duration::from_secs(seconds));
+        let why = Some(format!("{name} did not change for 9 s"));
+        assert_eq!([missing(0), missing(8), missing(9)], [None, None, why.clone()]);
+        fs::write(&file, "12").unwrap();
+        assert_eq!([missing(20), missing(28), missing(29)], [None, None, why.clone()]);
+        fs::remove_file(&file).unwrap();
+        assert_eq!([missing(30), missing(39)], [None, why]);
+        assert_eq!(ordered("onde run -- ls").missing_at(Duration::MAX), None);
+    }
 
     fn check(command: &str, expect: Option<&str>) {
         let failure = run(command, Path::new("/"), "abc", Duration::from_secs(30));

@@ -104,6 +104,22 @@ struct World {
 }
 
 impl World {
+    /// A node with a VM that was just booted.
+    fn new(seed: u64, evil: Evil) -> Self {
+        Self {
+            luck: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
+            evil,
+            evil_from_s: 40,
+            now_s: 0,
+            cpu_s: 0,
+            last_index: FIRST,
+            last_value: chain_value(chain_end(FIRST), FIRST),
+            replayed: None,
+            sold: FIRST,
+            answers: HashMap::new(),
+        }
+    }
+
     /// A number below `n` (xorshift64).
     fn below(&mut self, n: u64) -> u64 {
         self.luck ^= self.luck << 13;
@@ -239,19 +255,7 @@ fn live(seed: u64, evil: Evil, budget: u32) -> (Rc<RefCell<World>>, Job, u64) {
     let mine =
         Job { sold: FIRST, released: FIRST, payments: Vec::new(), ..job(FIRST, FIRST, budget) };
     jobs.add(&mine).unwrap();
-    let world = World {
-        luck: seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1,
-        evil,
-        evil_from_s: 40,
-        now_s: 0,
-        cpu_s: 0,
-        last_index: FIRST,
-        last_value: chain_value(chain_end(FIRST), FIRST),
-        replayed: None,
-        sold: FIRST,
-        answers: HashMap::new(),
-    };
-    let world = Rc::new(RefCell::new(world));
+    let world = Rc::new(RefCell::new(World::new(seed, evil)));
     let line = || Line(world.clone());
     let new_home = || Home::new(line(), line(), jobs.clone(), &mine);
     let (mut home, mut held_max) = (new_home(), 0);
@@ -294,6 +298,30 @@ fn an_honest_node_is_kept_paid_through_every_crash_and_loss() {
         assert!(held <= release_micro(), "seed {seed}: {held} held");
         assert_eq!(job.distrust, None, "seed {seed}");
     }
+}
+
+#[test]
+fn without_progress_nothing_is_bought_and_nothing_released() {
+    let folder = Folder::new("home-progress");
+    let jobs = Jobs::open(&folder.0).unwrap();
+    let mine = Job { payments: Vec::new(), ..job(FIRST, FIRST, 1500) };
+    jobs.add(&mine).unwrap();
+    let world = Rc::new(RefCell::new(World::new(1, Evil::None)));
+    let line = || Line(world.clone());
+    let mut home = Home::new(line(), line(), jobs.clone(), &mine);
+    // A VM of 100 s that computed for 12: its node holds less than half of a release.
+    world.borrow_mut().cpu_s = 12;
+    let mut step = |now_s, has_progress| {
+        world.borrow_mut().now_s = now_s;
+        home.step_at(Duration::from_secs(now_s), has_progress)
+    };
+    let told: Vec<_> = (100..140).filter_map(|now_s| step(now_s, false).ok()).collect();
+    assert!(!told.is_empty() && told.iter().all(|told| matches!(told, Standing::Withheld(_))));
+    assert_eq!(jobs.get(&mine.id.0).unwrap(), mine, "its file is as it was");
+    assert_eq!((world.borrow().sold, world.borrow().last_index), (FIRST, FIRST));
+    // An answer that says so may be lost.
+    (140..180).for_each(|now_s| drop(step(now_s, true)));
+    assert!(world.borrow().last_index > FIRST, "there is progress again");
 }
 
 #[test]

@@ -72,7 +72,7 @@ fn warning(row: &Row) -> Option<String> {
         return Some(format!("job {id} is not paid any more, its node cheats: {why}"));
     }
     let dry = span(row.dry_s.filter(|dry_s| *dry_s < DRY_S)?);
-    Some(format!("job {id} runs dry in {dry}: its budget is spent; onde pay {id} N lifts it"))
+    Some(format!("job {id} runs dry in {dry}, its budget spent; onde pay {id} N lifts it"))
 }
 
 /// How a job stands now.
@@ -189,4 +189,56 @@ fn table(rows: &[Row]) -> String {
     };
     let cells: Vec<_> = rows.iter().map(cells).collect();
     render(&["JOB", "NAME", "NODE", "GUEST", "STATE", "SPENT", "LEFT", "PROGRAM"], &cells)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::command::tests::{job, status};
+
+    /// A running VM that burns a token a second, with so many tokens left, of which so many may still be bought.
+    fn check(balance: u64, unbought: u32, expect: Option<&str>) {
+        let job = Job { budget: 30 + unbought, ..job() };
+        let status = JobStatus {
+            last_index: 30,
+            balance_micro: balance * 1_000_000,
+            burn_micro_per_s: 1_000_000,
+            ..status(Stage::Running)
+        };
+        assert_eq!(warning(&row(&job, "running", Some(&status))).as_deref(), expect);
+    }
+
+    #[test]
+    fn warns_before_a_job_runs_dry() {
+        check(
+            59,
+            0,
+            Some("job a1a1a1a1 runs dry in 59s, its budget spent; onde pay a1a1a1a1 N lifts it"),
+        );
+        check(60, 0, None);
+        check(20, 40, None);
+        check(
+            20,
+            39,
+            Some("job a1a1a1a1 runs dry in 59s, its budget spent; onde pay a1a1a1a1 N lifts it"),
+        );
+        check(
+            0,
+            0,
+            Some("job a1a1a1a1 runs dry in 0s, its budget spent; onde pay a1a1a1a1 N lifts it"),
+        );
+    }
+
+    #[test]
+    fn an_idle_job_never_runs_dry_and_a_cheat_is_named() {
+        let idle = row(&job(), "running", Some(&status(Stage::Running)));
+        assert_eq!((idle.dry_s, warning(&idle)), (None, None));
+        assert_eq!(warning(&row(&job(), "silent", None)), None);
+        let robbed = Job { distrust: Some("it took 7".to_owned()), ..job() };
+        let told = warning(&row(&robbed, "running", Some(&status(Stage::Running))));
+        assert_eq!(
+            told.as_deref(),
+            Some("job a1a1a1a1 is not paid any more, its node cheats: it took 7")
+        );
+    }
 }

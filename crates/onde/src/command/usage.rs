@@ -100,6 +100,47 @@ mod tests {
     }
 
     #[test]
+    fn is_told_as_a_table_and_look_by_look() {
+        let prices =
+            Prices { vcpu_s: 800_000, gib_s: 200_000, gib_sent: 1 << 20, disk_gib_s: 10_000 };
+        let look = |seconds: u64| Sample {
+            age_ms: seconds * 1000,
+            cpu_us: seconds * 500_000,
+            mem_mib_ms: seconds * 512_000,
+            sent_bytes: seconds << 20,
+            disk_mib_ms: seconds * 1_024_000,
+            spent_micro: seconds * 511_024,
+            ..sample(seconds)
+        };
+        let samples = vec![look(2), look(10)];
+        let mut usage = Usage {
+            job: Hex([1; 16]),
+            node: 3,
+            value_micro: 1_000_000,
+            prices: Some(prices),
+            samples,
+            next: None,
+        };
+        assert_eq!(
+            as_table(&usage),
+            "METER      USED        TOKENS\n\
+             processor  5.0 s       4.00\n\
+             memory     5.0 GiB-s   1.00\n\
+             network    10.0 MiB    0.02\n\
+             disk       10.0 GiB-s  0.10\n\
+             all        10.0 s      5.12\n"
+        );
+        let lines = [
+            "102,2000,3,1000000,1024000,2097152,2048000,800000,200000,2048,20000,1022048,1022048,1,2",
+            "110,10000,3,5000000,5120000,10485760,10240000,3200000,800000,8192,80000,4088192,5110240,2,6",
+        ];
+        assert_eq!(as_csv(&usage), format!("{COLUMNS}{}\n", lines.join("\n")));
+        usage.samples.clear();
+        assert_eq!(as_table(&usage), "the broker has not seen it run\n");
+        assert_eq!(as_csv(&usage), COLUMNS);
+    }
+
+    #[test]
     fn charges_of_all_lines_add_up_to_the_meters_and_to_what_was_spent() {
         let samples: Vec<_> = (0..50).map(|second| sample(second * 2 + 1)).collect();
         let last = samples[49];
