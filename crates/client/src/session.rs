@@ -49,6 +49,9 @@ pub enum SessionError {
         /// The agent's words.
         text: String,
     },
+    /// The guest gave this client up while the way there was cut.
+    #[error("the way to the guest was cut for so long that input may be lost")]
+    Forgotten,
     /// The output could not be written here.
     #[error("cannot write the program's output")]
     Output(#[source] io::Error),
@@ -129,6 +132,8 @@ struct Progress {
     is_started: bool,
     /// Offset at which a log ends.
     end: u64,
+    /// Since when there is no connection, where there was one.
+    cut_since: Option<Instant>,
 }
 
 impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
@@ -178,8 +183,14 @@ impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
             None if matches!(subject, Subject::Exec(_)) => self.outbox.end_input(),
             None => {}
         }
-        let mut progress =
-            Progress { streams, position: from, lost_bytes: 0, is_started: false, end: FROM_END };
+        let mut progress = Progress {
+            streams,
+            position: from,
+            lost_bytes: 0,
+            is_started: false,
+            end: FROM_END,
+            cut_since: None,
+        };
         let result = self.until_end(subject, &mut progress);
         self.outbox.finish();
         let exit = result?;
@@ -204,7 +215,10 @@ impl<D: FnMut() -> Result<Channel, ChannelError>> Session<D> {
                 Stop::Broken(error) if matches!(subject, Subject::Exec(_)) => {
                     return Err(SessionError::Lost(error));
                 }
-                Stop::Broken(error) => broken = Some(error),
+                Stop::Broken(error) => {
+                    progress.cut_since.get_or_insert_with(Instant::now);
+                    broken = Some(error);
+                }
             }
         }
     }
@@ -349,7 +363,11 @@ impl Progress {
                     self.end = end;
                 }
                 self.is_started = true;
-                outbox.open(received, self.position);
+                let grace = Duration::from_millis(GRACE_MS);
+                let is_late = self.cut_since.take().is_some_and(|since| since.elapsed() >= grace);
+                if !outbox.open(received, self.position, is_late) {
+                    return Some(Stop::Failed(SessionError::Forgotten));
+                }
                 (self.position >= self.end).then_some(Stop::Ended(None))
             }
             other => Some(unexpected(other)),

@@ -37,6 +37,8 @@ struct State {
     accepted: u64,
     /// Offset of the first byte of input not sent over this connection.
     sent: u64,
+    /// Input before this offset was taken before the agent forgot this client: it counts from here.
+    base: u64,
     eof: bool,
     eof_sent: bool,
     signals: VecDeque<u8>,
@@ -109,7 +111,7 @@ impl Outbox {
 
     /// The agent has all input before `offset`; the program took it.
     pub fn accept(&self, offset: u64) {
-        self.change(|state| state.forget_input(offset));
+        self.change(|state| state.forget_input(offset.saturating_add(state.base)));
     }
 
     /// All output before `offset` was written where it belongs.
@@ -117,14 +119,27 @@ impl Outbox {
         self.change(|state| state.written = offset);
     }
 
-    /// A connection stands: the agent `received` so much input and will send output from `from` on.
-    pub fn open(&self, received: u64, from: u64) {
+    /// A connection stands: the agent `received` so much input and will send output from `from` on. `is_late`: the one
+    /// before is so long ago that the agent may have forgotten this client, and then counts from zero. False if that leaves
+    /// in doubt which input the program has: to send it again might double it.
+    #[must_use]
+    pub fn open(&self, received: u64, from: u64, is_late: bool) -> bool {
+        let mut is_sure = true;
         self.change(|state| {
-            state.forget_input(received);
+            let known = received.saturating_add(state.base);
+            let in_doubt = state.sent > state.accepted;
+            let is_forgotten = known < state.accepted || (is_late && received == 0 && in_doubt);
+            is_sure = !(is_forgotten && in_doubt);
+            if is_forgotten {
+                state.base = state.accepted.saturating_sub(received);
+            } else {
+                state.forget_input(known);
+            }
             state.sent = state.accepted;
             (state.eof_sent, state.detach_sent, state.closed) = (false, false, false);
             (state.written, state.acked) = (from, from);
         });
+        is_sure
     }
 
     /// The connection is over: its sender ends.
@@ -193,7 +208,7 @@ impl State {
         let first = (self.sent - self.accepted) as usize;
         let count = (self.input.len() - first).min(STDIN_MAX);
         if count > 0 {
-            let offset = self.sent;
+            let offset = self.sent - self.base;
             self.sent += count as u64;
             let bytes = self.input.range(first..first + count).copied().collect();
             return Some(Errand::Stdin { offset, bytes });
@@ -213,7 +228,7 @@ mod tests {
     #[test]
     fn input_goes_again_from_where_the_agent_has_it() {
         let outbox = Outbox::default();
-        outbox.open(0, 0);
+        assert!(outbox.open(0, 0, false));
         assert!(outbox.put_input(b"hello"));
         assert_eq!(outbox.next(false), stdin(0, b"hello"));
         outbox.end_input();
@@ -221,7 +236,7 @@ mod tests {
         assert_eq!(outbox.next(false), None);
         outbox.close();
         assert_eq!(outbox.next(false), Some(Errand::Close));
-        outbox.open(2, 7);
+        assert!(outbox.open(2, 7, false));
         assert_eq!(outbox.next(false), stdin(2, b"llo"));
         assert_eq!(outbox.next(false), Some(Errand::StdinEof));
         outbox.accept(5);
@@ -230,9 +245,34 @@ mod tests {
     }
 
     #[test]
+    fn an_agent_that_forgot_its_client_gets_the_rest_and_nothing_twice() {
+        let outbox = Outbox::default();
+        assert!(outbox.open(0, 0, false) && outbox.put_input(b"hello"));
+        assert_eq!(outbox.next(false), stdin(0, b"hello"));
+        outbox.accept(5);
+        // All of it was taken: the agent counts anew, and so does this.
+        assert!(outbox.open(0, 0, true) && outbox.put_input(b"you"));
+        assert_eq!(outbox.next(false), stdin(0, b"you"));
+        outbox.accept(1);
+        assert!(outbox.open(2, 0, true), "it knows this client again");
+        assert_eq!(outbox.next(false), stdin(2, b"u"));
+        assert!(!outbox.open(0, 0, false), "`u` was taken, or not");
+    }
+
+    #[test]
+    fn input_of_which_nobody_has_heard_is_in_doubt_when_it_is_late() {
+        for (is_late, is_sure) in [(false, true), (true, false)] {
+            let outbox = Outbox::default();
+            assert!(outbox.open(0, 0, false) && outbox.put_input(b"hello"));
+            assert_eq!(outbox.next(false), stdin(0, b"hello"));
+            assert_eq!(outbox.open(0, 0, is_late), is_sure, "late: {is_late}");
+        }
+    }
+
+    #[test]
     fn an_agent_that_accepts_more_than_there_is_harms_nothing() {
         let outbox = Outbox::default();
-        outbox.open(1 << 40, 0);
+        assert!(outbox.open(1 << 40, 0, false));
         assert!(outbox.put_input(b"ab"));
         assert_eq!(outbox.next(false), stdin(0, b"ab"));
         outbox.accept(u64::MAX);

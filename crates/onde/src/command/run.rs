@@ -59,6 +59,13 @@ pub fn run(context: Option<&str>, run: &Run, report: &Report) -> Result<ExitCode
     interrupt.leave(UNDONE);
     terminal::restore();
     let job = cluster.jobs.current(&job.id.0)?;
+    if matches!(followed, Err(SessionError::Forgotten)) {
+        // Nothing is wrong with the VM.
+        wallet::leave(&cluster, &job)?;
+        let text =
+            format!("job {} goes on without this terminal: its input was cut off", job.short_id());
+        return Err(hinted(text, "onde attach JOB follows it; onde stop JOB ends it"));
+    }
     let crash = crash(&job, &followed);
     if let Ok((Ended { exit: Some(exit), .. }, _)) = &followed {
         let status = exit.shell_status();
@@ -142,7 +149,9 @@ fn crash(job: &Job, followed: &Result<(Ended, Outcome), SessionError>) -> Option
         Ok((_, Outcome::Over(status))) => Some(over(job, status)),
         Ok((_, Outcome::Lost | Outcome::Settled)) => Some(gone(job)),
         Ok((_, Outcome::Dismissed)) => None,
-        Err(SessionError::Refused { .. } | SessionError::Output(_)) => None,
+        Err(SessionError::Refused { .. } | SessionError::Output(_) | SessionError::Forgotten) => {
+            None
+        }
         Err(SessionError::Unreachable(_) | SessionError::Lost(_)) => {
             console::tail(job, CONSOLE_LINES)
                 .map(|tail| anyhow!("the guest cannot be reached; the end of its console:\n{tail}"))
