@@ -147,9 +147,9 @@ impl<E: Exchange, S: Shop> Home<E, S> {
         &self.shop
     }
 
-    /// Notes what the broker says of the settled job.
-    pub fn settle(&mut self, told: &api::Job) -> Result<(), HomeError> {
-        self.jobs.update(&self.id, |job| job.settle(told))?;
+    /// Notes what the broker says of a settled job: this one, or the one that has a part of its budget.
+    pub fn note(&mut self, told: &api::Job) -> Result<(), HomeError> {
+        self.jobs.update(&told.id.0, |job| job.settle(told))?;
         Ok(())
     }
 

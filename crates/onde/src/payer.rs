@@ -16,6 +16,7 @@ use onde_client::snapshot::tell_time;
 use onde_wire::machine::Stage;
 use onde_wire::packet::{JobStatus, Status};
 use onde_wire::session::{ClientFrame, Purse};
+use onde_wire::token::JobId;
 use std::io;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::thread::JoinHandle;
@@ -59,7 +60,7 @@ pub fn run(
     dismissed: &Receiver<()>,
 ) -> Outcome {
     let (mut mood, mut courier) = (Mood::default(), Courier::default());
-    let mut inquiry = Inquiry::default();
+    let mut inquiries = [Inquiry::default(), Inquiry::default()];
     let mut stage = Stage::Booting;
     loop {
         let missing = progress.missing();
@@ -79,9 +80,7 @@ pub fn run(
         if let Some(outcome) = mood.judge(step, report) {
             return outcome;
         }
-        if let Some(told) = inquiry.ask(mood.silence(), || question(home)) {
-            // Where it cannot be noted now, whoever settles the job hears the same.
-            let _ = home.settle(&told);
+        if inquire(home, &mut mood, &mut inquiries) {
             return Outcome::Lost;
         }
         if let Some(status) = status.filter(|status| is_paid_for && status.stage == Stage::Running)
@@ -96,23 +95,39 @@ pub fn run(
     }
 }
 
-/// Asks the broker about the job of a silent node, in a thread: where the line is down it takes a minute to say so, and
-/// the node may answer again before that.
+/// Asks the broker about the job of a silent node, and about one that has a part of this one's budget for no good: a move that
+/// came to nothing, or a ticket that nobody used. Whether the job is settled.
+fn inquire(home: &mut Home, mood: &mut Mood, [own, lent]: &mut [Inquiry; 2]) -> bool {
+    let Ok(job) = home.job() else { return false };
+    let question = |id: JobId| question(home.shop(), id);
+    let told = own.ask(mood.silence(), || Some(question(job.id.0)));
+    let to = job.lent.map(|lent| lent.to.0);
+    // The next step reckons.
+    let repaid = lent.ask(mood.lends(to.is_some()), || to.map(question));
+    for told in told.iter().chain(&repaid) {
+        // Where it cannot be noted now, the next one to ask hears the same.
+        let _ = home.note(told);
+    }
+    told.is_some()
+}
+
+/// Asks the broker about a job that it may have settled, in a thread: where the line is down it takes a minute to say so,
+/// and the node may answer again before that.
 #[derive(Default)]
 struct Inquiry {
     asked: Option<JoinHandle<Option<api::Job>>>,
-    /// How many were begun in this silence.
+    /// How many were begun in this wait.
     count: u32,
 }
 
 impl Inquiry {
-    /// What the broker says of the job, once it has settled it. `silence` of the node so far; `None` ends the matter.
+    /// What the broker says of the job, once it has settled it. `waited`: for how long so far; `None` ends the matter.
     fn ask<Q: FnOnce() -> Option<api::Job> + Send + 'static>(
         &mut self,
-        silence: Option<Duration>,
+        waited: Option<Duration>,
         question: impl FnOnce() -> Option<Q>,
     ) -> Option<api::Job> {
-        let Some(silence) = silence else {
+        let Some(waited) = waited else {
             *self = Self::default();
             return None;
         };
@@ -122,7 +137,7 @@ impl Inquiry {
             return Some(told);
         }
         if self.asked.is_none()
-            && silence >= SILENT + ASK_PERIOD * self.count
+            && waited >= SILENT + ASK_PERIOD * self.count
             && let Some(question) = question()
         {
             self.count += 1;
@@ -133,9 +148,9 @@ impl Inquiry {
 }
 
 /// Asks the broker whether the job is settled. A broker that cannot be reached says nothing.
-fn question(home: &Home) -> Option<impl FnOnce() -> Option<api::Job> + Send + use<>> {
-    let (broker, job): (Broker, Job) = (home.shop().clone(), home.job().ok()?);
-    Some(move || broker.job(&job.id.0).ok().filter(|told| told.settled_by.is_some()))
+fn question(broker: &Broker, id: JobId) -> impl FnOnce() -> Option<api::Job> + Send + use<> {
+    let broker = broker.clone();
+    move || broker.job(&id).ok().filter(|told| told.settled_by.is_some())
 }
 
 /// Brings the guest its purse, in a thread: a guest may be slow to answer, and its node is not to wait.
@@ -185,6 +200,7 @@ fn wakes_up(job: &Job) {
 struct Mood {
     asleep: bool,
     silent_since: Option<Instant>,
+    lent_since: Option<Instant>,
     told_silent: bool,
     told_dry: bool,
     told_trouble: bool,
@@ -287,6 +303,13 @@ impl Mood {
                 "the node is silent: it is asked on, and paid when it answers; onde stop gives the job up",
             );
         }
+    }
+
+    /// How long a part of the budget has been another job's.
+    fn lends(&mut self, is_lent: bool) -> Option<Duration> {
+        let now = Instant::now();
+        self.lent_since = is_lent.then(|| self.lent_since.unwrap_or(now));
+        self.lent_since.map(|since| now - since)
     }
 
     /// How long the node has been silent; `None` where it answered last.

@@ -333,6 +333,46 @@ fn a_budget_is_never_overshot_and_used_up() {
     }
 }
 
+/// A VM with a budget of 90 tokens that is to move after 30 s, and for which both its jobs are paid from then on.
+fn moves(seed: u64) {
+    const BUDGET: u32 = 90;
+    let folder = Folder::new(&format!("home-moves-{seed}"));
+    let jobs = Jobs::open(&folder.0).unwrap();
+    let old = Job { payments: Vec::new(), ..job(FIRST, FIRST, BUDGET) };
+    let new = Job { id: Hex([8; 16]), budget: 0, ..old.clone() };
+    jobs.add(&old).unwrap();
+    let worlds = [seed, seed + 100].map(|seed| Rc::new(RefCell::new(World::new(seed, Evil::None))));
+    for now_s in 1..250 {
+        if now_s == 30 {
+            let status = worlds[0].borrow_mut().told();
+            let part = |old: &Job| old.part(&status, FIRST, 0);
+            assert!(jobs.split(&old.id.0, &new, part).unwrap().is_some(), "seed {seed}");
+        }
+        for (job, world) in [&old, &new].into_iter().zip(&worlds).take(1 + usize::from(now_s >= 30))
+        {
+            let age_s = if job.id == old.id { now_s } else { now_s - 29 };
+            {
+                let mut world = world.borrow_mut();
+                (world.now_s, world.cpu_s) = (age_s, age_s);
+            }
+            // A new home node each time: all that it knows is in the files.
+            let line = || Line(world.clone());
+            let mut home = Home::new(line(), line(), jobs.clone(), job);
+            let _ = home.step_at(Duration::from_secs(age_s), true);
+        }
+        let seen: u32 = worlds.iter().map(|world| world.borrow().last_index).sum();
+        let seen = if now_s < 30 { worlds[0].borrow().last_index } else { seen };
+        assert!(seen <= BUDGET, "seed {seed}: {seen} released after {now_s} s");
+    }
+    let seen: u32 = worlds.iter().map(|world| world.borrow().last_index).sum();
+    assert_eq!(seen, BUDGET, "seed {seed}: each had its part");
+}
+
+#[test]
+fn both_jobs_of_a_vm_that_moves_share_its_budget() {
+    SEEDS.for_each(moves);
+}
+
 fn check_cheat(evil: Evil, is_found: Option<bool>) {
     for seed in SEEDS {
         let (_, job, held) = live(seed, evil, 1500);
