@@ -141,6 +141,7 @@ pub mod tests {
             sent_bytes: 0,
             disk_mib_ms: 0,
             has_resumed: true,
+            turn: 0,
         }
     }
 
