@@ -219,6 +219,11 @@ impl Writer {
         Ok((self.stream.local_addr()?, self.stream.peer_addr()?))
     }
 
+    /// Keeps so few bytes under way that the kernel's pages for them are used again and again.
+    pub fn set_in_flight(&self, bytes: usize) -> io::Result<()> {
+        Ok(rustix::net::sockopt::set_socket_send_buffer_size(&*self.stream, bytes)?)
+    }
+
     /// Tells the peer that no more comes; the other direction goes on.
     pub fn shutdown_write(&self) {
         // An error means that the connection is over already; so too below.
