@@ -4,7 +4,7 @@
 use crate::journal::{Digest, GENESIS, Sealed};
 use crate::store::{Store, StoreError, Tx, Value, params};
 use onde_client::api::Hex;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// Acts read at a time.
 const PAGE: i64 = 5000;
@@ -168,10 +168,15 @@ impl Tally {
 /// Balances, which sales go by, are what the journal adds up to.
 fn check_books(tx: &Tx<'_>, books: &HashMap<String, i64>) -> Result<(), Unsound> {
     let sql = "SELECT name, balance_micro FROM books";
-    for (name, balance) in
-        tx.rows(sql, params![], |row| Ok((row.get::<String>(0)?, row.get::<i64>(1)?)))?
-    {
-        let journal = books.get(&name).copied().unwrap_or_default();
+    let shown: HashMap<String, i64> =
+        tx.rows(sql, params![], |row| Ok((row.get(0)?, row.get(1)?)))?.into_iter().collect();
+    // In an order, so that the same one is named each time.
+    let names: BTreeSet<_> = shown.keys().chain(books.keys()).collect();
+    for name in names {
+        let Some(balance) = shown.get(name).copied() else {
+            return Err(Unsound::Beside(format!("book {name} was removed")));
+        };
+        let journal = books.get(name).copied().unwrap_or_default();
         if balance != journal {
             let told =
                 format!("book {name} shows {balance} micro-tokens, the journal has {journal}");

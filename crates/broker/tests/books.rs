@@ -57,6 +57,8 @@ fn the_audit_names_the_first_bad_act() {
         ("DELETE FROM acts WHERE seq = 5; DELETE FROM lines WHERE act = 5", None),
         ("DELETE FROM acts WHERE seq = 5", None),
         ("UPDATE books SET balance_micro = balance_micro + 1 WHERE name = 'customer:a'", None),
+        ("DELETE FROM books WHERE name = 'customer:a'", None),
+        ("DELETE FROM books WHERE name LIKE 'job:%' AND balance_micro = 0", None),
         ("UPDATE jobs SET sold = sold + 1 WHERE settled_at IS NULL", None),
         ("UPDATE jobs SET settled_at = 1 WHERE settled_at IS NULL", None),
         ("DELETE FROM jobs WHERE settled_at IS NULL", None),
@@ -131,6 +133,8 @@ fn two_brokers_on_one_store_sell_each_token_once() {
     let dir = Dir::new();
     let first = with_history(&dir);
     let second = broker(&dir.0, Instant::now());
+    hear(&second, hello(1, 1), Instant::now());
+    hear_unbooted(&second, Instant::now());
     let job = first.jobs("a", true, i64::MAX, 1).expect("jobs").jobs.remove(0);
     let buy = |buyer: u32| {
         let broker = if buyer.is_multiple_of(2) { &first } else { &second };

@@ -117,6 +117,14 @@ pub fn hear(broker: &Broker, hello: Hello, now: Instant) {
     broker.hear(&[Heard::Hello(hello)], now).expect("heard");
 }
 
+/// All nodes that are alive say of the jobs there that nobody booted them yet: what a broker has to hear after its start
+/// before it sells more for them.
+pub fn hear_unbooted(broker: &Broker, now: Instant) {
+    let asks = broker.asks(0, now).expect("asks").0;
+    let gone: Vec<_> = asks.iter().map(|ask| Heard::Gone(ask.job, false)).collect();
+    broker.hear(&gone, now).expect("heard");
+}
+
 /// What a node says of a job that took ten tokens.
 pub fn status(stage: Stage, spent_micro: u64) -> JobStatus {
     JobStatus {
