@@ -88,10 +88,14 @@ pub struct Act<'a> {
     pub lines: &'a [(Book<'a>, i64)],
 }
 
-/// Key of what a customer, or the operator as "", asked for under an idempotency key of theirs. `Ledger::prune` spells it
-/// too.
+/// Key of what a customer, or the operator as "", asked for under an idempotency key of theirs; a webhook's references are
+/// under "/webhook". `Ledger::prune_some` spells it too, for sales.
 pub fn request_key(scope: &str, key: &str) -> String {
-    format!("request/{scope}/{key}")
+    match (scope, key.starts_with("webhook/")) {
+        // Would be the key of the shop's reference behind it. Only this is spelled otherwise: the journal keeps its keys for good.
+        ("", true) => format!("operator/{key}"),
+        _ => format!("request/{scope}/{key}"),
+    }
 }
 
 /// An amount as a line has it.
