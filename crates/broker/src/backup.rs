@@ -15,6 +15,7 @@
 
 use crate::audit::{Books, Unsound, prove};
 use crate::ledger::note;
+use crate::sale::skip_guests;
 use crate::store::{Store, StoreError, Tx, Value, params};
 use onde_client::api::Hex;
 use serde::{Deserialize, Serialize};
@@ -118,18 +119,33 @@ fn back_up_table(tx: &Tx<'_>, table: &str, sum: &mut Summed<'_>) -> Result<u64, 
     // Lines make balances: see the trigger.
     columns.retain(|column| column != "balance_micro");
     let list = columns.join(", ");
-    sum.line(&Table { table: table.into(), columns })?;
-    let order = if table == "lines" { "1, 2" } else { "1" };
-    let sql = format!("SELECT {list} FROM {table} ORDER BY {order} LIMIT ?1 OFFSET ?2");
+    sum.line(&Table { table: table.into(), columns: columns.clone() })?;
+    // By the whole key: pages of an order in which rows can be equal may skip some and tell others twice.
+    let key = tx.key(table)?;
+    let place = |name| columns.iter().position(|column| column == name);
+    let places: Vec<_> = key.iter().filter_map(place).collect();
+    if places.is_empty() || places.len() != key.len() {
+        return Err(StoreError::Shape("a table without a key").into());
+    }
+    let (order, signs) = (key.join(", "), signs(2, key.len()));
+    let first = format!("SELECT {list} FROM {table} ORDER BY {order} LIMIT ?1");
+    let next =
+        format!("SELECT {list} FROM {table} WHERE ({order}) > ({signs}) ORDER BY {order} LIMIT ?1");
+    let mut page = tx.rows(&first, params![PAGE], |row| Ok(row.values().to_vec()))?;
     let mut rows = 0;
-    loop {
-        let page = tx.rows(&sql, params![PAGE, rows], |row| Ok(row.values().to_vec()))?;
+    while let Some(last) = page.last() {
         page.iter().try_for_each(|row| sum.line(row))?;
         rows += page.len() as u64;
-        if (page.len() as u64) < PAGE {
-            return Ok(rows);
-        }
+        let mut after = params![PAGE].to_vec();
+        after.extend(places.iter().map(|place| last[*place].clone()));
+        page = tx.rows(&next, &after, |row| Ok(row.values().to_vec()))?;
     }
+    Ok(rows)
+}
+
+/// So many parameters, from number `first` on.
+fn signs(first: usize, count: usize) -> String {
+    (first..first + count).map(|i| format!("?{i}")).collect::<Vec<_>>().join(", ")
 }
 
 /// Digests what it writes.
@@ -158,6 +174,7 @@ pub fn restore(store: &Store, input: &mut dyn BufRead) -> Result<Books, BackupEr
         read_rows(tx, input)?;
         tx.restart_sequences()?;
         let frozen = tx.execute("UPDATE jobs SET frozen = 1 WHERE settled_at IS NULL", &[])?;
+        skip_guests(tx)?;
         let text = format!("from a backup: {frozen} open jobs sell no more tokens");
         note(tx, "ledger_restored", None, None, &text)?;
         Ok(prove(tx, None)?)
@@ -211,8 +228,8 @@ fn inserting(tx: &Tx<'_>, table: &Table) -> Result<String, BackupError> {
     if table.columns.is_empty() || !table.columns.iter().all(|column| columns.contains(column)) {
         return Err(BackupError::Damaged("names a table or column that there is not"));
     }
-    let signs: Vec<_> = (1..=table.columns.len()).map(|i| format!("?{i}")).collect();
-    let (name, columns, signs) = (&table.table, table.columns.join(", "), signs.join(", "));
+    let signs = signs(1, table.columns.len());
+    let (name, columns) = (&table.table, table.columns.join(", "));
     // The owner's books are open in an empty store, too.
     Ok(format!("INSERT INTO {name} ({columns}) VALUES ({signs}) ON CONFLICT DO NOTHING"))
 }

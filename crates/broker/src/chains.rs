@@ -42,23 +42,32 @@ impl Stock {
         Self { levels, ready: Mutex::default() }
     }
 
-    fn mint(&self) -> New {
+    /// A new one: some 50 ms of one processor, so nobody waits for it with the ledger locked.
+    pub fn mint(&self) -> New {
         let (chain, anchor) = Traversal::mint(&crate::random(), self.levels);
         New { chain, anchor }
     }
 
-    /// One out of stock, or else one made now.
-    pub fn take(&self) -> New {
-        let ready = self.ready.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        ready.unwrap_or_else(|| self.mint())
+    /// One out of stock, if there is any.
+    pub fn take(&self) -> Option<New> {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner).pop()
     }
 
-    /// Makes one more if there is room: some 50 ms of one processor.
+    /// Puts one back that was not sold.
+    pub fn put_back(&self, new: New) {
+        self.ready.lock().unwrap_or_else(PoisonError::into_inner).push(new);
+    }
+
+    /// Tokens in each.
+    pub fn count(&self) -> u32 {
+        1 << self.levels
+    }
+
+    /// Makes one more if there is room.
     pub fn add(&self) {
         let count = self.ready.lock().unwrap_or_else(PoisonError::into_inner).len();
         if count < STOCK_MAX {
-            let new = self.mint();
-            self.ready.lock().unwrap_or_else(PoisonError::into_inner).push(new);
+            self.put_back(self.mint());
         }
     }
 }
@@ -79,7 +88,11 @@ pub struct Sale {
 
 /// Sells the next `count` tokens of a job: fewer where its chain ends before, and those of a `fresh` one where it has
 /// ended.
-pub fn sell(job: &JobRow, count: u32, fresh: impl FnOnce() -> New) -> Result<Sale, Refusal> {
+pub fn sell(
+    job: &JobRow,
+    count: u32,
+    fresh: impl FnOnce() -> Result<New, Refusal>,
+) -> Result<Sale, Refusal> {
     if let Some(sale) = sell_old(job, count) {
         return Ok(sale);
     }
@@ -87,7 +100,7 @@ pub fn sell(job: &JobRow, count: u32, fresh: impl FnOnce() -> New) -> Result<Sal
     let (mut chain, chain_from, anchor) = match chain.filter(|chain| chain.left() > 0) {
         Some(chain) => (chain, job.chain_from, None),
         None => {
-            let New { chain, anchor } = fresh();
+            let New { chain, anchor } = fresh()?;
             (chain, job.sold, Some(anchor))
         }
     };

@@ -1,10 +1,11 @@
-//! `broker audit`, `broker backup` and `broker restore`: what an owner does with a ledger beside or without a broker
+//! `broker audit`, `broker backup`, `broker restore` and `broker thaw`: what an owner does with a ledger beside or without a broker
 //! that runs. `main` calls it.
 
 use anyhow::{Context, Result};
 use clap::Parser;
 use onde_broker::audit::{Books, audit};
 use onde_broker::backup::{backup, restore};
+use onde_broker::settle::{frozen, thaw};
 use onde_broker::store::{Store, shown};
 use onde_client::api::Hex;
 use std::fs::{File, OpenOptions};
@@ -31,6 +32,15 @@ pub enum Command {
         /// The file; it holds secrets, so only its owner can read it
         file: PathBuf,
     },
+    /// Let a node's jobs sell again that were frozen since it was shown tokens which this ledger never sold: it lied, or the
+    /// right ledger is back. They do once the node says what fits the ledger, and freeze again if it does not
+    Thaw {
+        #[command(flatten)]
+        place: Place,
+        /// The node's number
+        #[arg(long, value_name = "N")]
+        node: u32,
+    },
     /// Read a backup into an empty ledger; jobs that were open sell no more tokens, and are settled by certificates
     Restore {
         #[command(flatten)]
@@ -49,7 +59,7 @@ pub struct Place {
 }
 
 /// The words that make the first argument one of these commands.
-pub const WORDS: [&str; 3] = ["audit", "backup", "restore"];
+pub const WORDS: [&str; 4] = ["audit", "backup", "restore", "thaw"];
 
 fn noted(text: &str) -> Result<(i64, [u8; 32]), String> {
     let parse = || {
@@ -64,15 +74,28 @@ pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Audit { place, noted } => {
             anyhow::ensure!(place.exists(), "there is no ledger {}", shown(&place.db));
-            let books = audit(&place.open()?, *noted)
+            let store = place.open()?;
+            let books = audit(&store, *noted)
                 .with_context(|| format!("the ledger {} is unsound", shown(&place.db)))?;
-            tell(&books)
+            tell(&books)?;
+            let frozen = store.read(frozen)?;
+            if frozen > 0 {
+                println!(
+                    "{frozen} open jobs sell no more: the ledger may be older than what they sold"
+                );
+            }
+            Ok(())
         }
         Command::Backup { place, file } => {
             anyhow::ensure!(place.exists(), "there is no ledger {}", shown(&place.db));
             let rows = write_backup(&place.open()?, file)
                 .with_context(|| format!("writing the backup {}", file.display()))?;
             println!("{rows} rows in {}", file.display());
+            Ok(())
+        }
+        Command::Thaw { place, node } => {
+            anyhow::ensure!(place.exists(), "there is no ledger {}", shown(&place.db));
+            println!("{} jobs of node {node} thaw", thaw(&place.open()?, *node)?);
             Ok(())
         }
         Command::Restore { place, file } => {

@@ -68,8 +68,31 @@ pub struct JobRow {
     pub settled_at: Option<u64>,
     /// What was given back.
     pub refund_micro: u64,
-    /// Whether it sells no more since an old backup was restored.
-    pub is_frozen: bool,
+    /// Whether it sells no more for now.
+    pub frozen: Frozen,
+}
+
+/// Whether a job sells tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Frozen {
+    /// It does.
+    No,
+    /// It was open in a backup that was restored: never again.
+    Restored,
+    /// Its node was shown tokens of some job that this ledger did not sell.
+    Ahead,
+    /// The operator took that back; its node has not said since that all is right.
+    Thawing,
+}
+
+fn frozen(number: u32) -> Result<Frozen, StoreError> {
+    match number {
+        0 => Ok(Frozen::No),
+        1 => Ok(Frozen::Restored),
+        2 => Ok(Frozen::Ahead),
+        3 => Ok(Frozen::Thawing),
+        _ => Err(StoreError::Shape("a job frozen in another way")),
+    }
 }
 
 /// The columns that [`read`] wants, in its order.
@@ -102,7 +125,7 @@ fn read(row: &Row) -> Result<JobRow, StoreError> {
         settled_by: row.get(19)?,
         settled_at: row.get(20)?,
         refund_micro: row.get(21)?,
-        is_frozen: row.get(22)?,
+        frozen: frozen(row.get(22)?)?,
         chain: row.get(23)?,
         chain_from: row.get(24)?,
         reserved_mib: row.get(25)?,

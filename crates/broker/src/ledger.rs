@@ -9,6 +9,8 @@ use onde_wire::key::sha256;
 use onde_wire::token::{JobId, NodeId};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
+use std::collections::HashSet;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// How long the answer to an idempotency key is remembered: longer than any client repeats a request. The key itself
 /// stays in the journal for good. The answer to a job's last sale is kept as long as the job is open: it is the only
@@ -18,10 +20,16 @@ const REPLY_AGE_MAX_S: u64 = 7 * 24 * 3600;
 const EVENT_AGE_MAX_S: u64 = 90 * 24 * 3600;
 /// How long a job of a silent node is watched for after it was settled.
 const WATCH_AGE_MAX_S: u64 = 24 * 3600;
+/// Most rows of a kind that are forgotten in one act: sales wait for it, some 20 ms. A thousand jobs are asked about once
+/// a second, so this keeps up with twice as many.
+const PRUNE_MAX: u32 = 2000;
 
 /// The ledger.
 pub struct Ledger {
     store: Store,
+    /// Jobs that were open when it was opened, and whose nodes said nothing of them since. The ledger may be an old copy that
+    /// somebody put in place: only their nodes know how many of their tokens were sold.
+    unheard: Mutex<HashSet<JobId>>,
 }
 
 impl AsStoreError for Refusal {
@@ -36,12 +44,30 @@ impl AsStoreError for Refusal {
 impl Ledger {
     /// Opens the ledger in a file, or at a `postgres://` URL; makes it if it is not there.
     pub fn open(place: &str) -> Result<Self, StoreError> {
-        Ok(Self { store: Store::open(place)? })
+        let store = Store::open(place)?;
+        // No more than there are guest addresses.
+        let open = "SELECT id FROM jobs WHERE settled_at IS NULL";
+        let open: Vec<JobId> = store.read(|tx| tx.rows(open, params![], |row| row.get(0)))?;
+        Ok(Self { store, unheard: Mutex::new(open.into_iter().collect()) })
+    }
+
+    /// A job's node said something of it, and that was taken in.
+    pub fn heard(&self, job: &JobId) {
+        self.unheard().remove(job);
+    }
+
+    /// Whether nobody can tell yet that all the job's sales are in this ledger.
+    pub fn is_unheard(&self, job: &JobId) -> bool {
+        self.unheard().contains(job)
+    }
+
+    fn unheard(&self) -> MutexGuard<'_, HashSet<JobId>> {
+        self.unheard.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The same with another clock.
     pub fn with_clock(self, clock: Clock) -> Self {
-        Self { store: self.store.with_clock(clock) }
+        Self { store: self.store.with_clock(clock), ..self }
     }
 
     /// Runs `act` as one transaction: all of it is on disk when this returns `Ok`, none of it otherwise. It is run
@@ -93,24 +119,37 @@ impl Ledger {
         }
     }
 
-    /// Forgets answers, events and silent nodes' jobs that are too old to matter.
-    pub fn prune(&self) -> Result<(), Refusal> {
+    /// Forgets some answers, events, samples and silent nodes' jobs that are too old to matter, in one short act. Whether
+    /// there may be more.
+    pub fn prune_some(&self) -> Result<bool, Refusal> {
         self.act(|tx| {
             let before = |age_s| tx.unix_s().saturating_sub(age_s);
-            tx.execute(
-                "DELETE FROM replies WHERE at < ?1 AND NOT EXISTS ( \
+            let replies = tx.execute(
+                "DELETE FROM replies WHERE (scope, key) IN (SELECT scope, key FROM replies WHERE at < ?1 AND NOT EXISTS ( \
                    SELECT 1 FROM acts JOIN jobs ON jobs.id = acts.job AND jobs.sold = acts.last_index \
                    WHERE acts.key = 'request/' || replies.scope || '/' || replies.key \
-                   AND jobs.settled_at IS NULL)",
-                params![before(REPLY_AGE_MAX_S)],
+                   AND jobs.settled_at IS NULL) LIMIT ?2)",
+                params![before(REPLY_AGE_MAX_S), PRUNE_MAX],
             )?;
-            tx.execute("DELETE FROM events WHERE at < ?1", params![before(EVENT_AGE_MAX_S)])?;
-            tx.execute(
-                "UPDATE jobs SET watched = 0 WHERE watched = 1 AND settled_at < ?1",
-                params![before(WATCH_AGE_MAX_S)],
+            let events = tx.execute(
+                "DELETE FROM events WHERE id IN (SELECT id FROM events WHERE at < ?1 LIMIT ?2)",
+                params![before(EVENT_AGE_MAX_S), PRUNE_MAX],
             )?;
-            Ok(crate::usage::prune(tx)?)
+            let watched = tx.execute(
+                "UPDATE jobs SET watched = 0 WHERE seq IN ( \
+                   SELECT seq FROM jobs WHERE watched = 1 AND settled_at < ?1 LIMIT ?2)",
+                params![before(WATCH_AGE_MAX_S), PRUNE_MAX],
+            )?;
+            let samples = crate::usage::prune(tx, PRUNE_MAX)?;
+            Ok([replies, events, watched, samples].iter().any(|gone| *gone >= PRUNE_MAX.into()))
         })
+    }
+
+    /// Forgets all that is too old to matter, in many short acts, between which sales come.
+    pub fn prune(&self) -> Result<(), Refusal> {
+        // Ends: each act but the last forgets some.
+        while self.prune_some()? {}
+        Ok(())
     }
 }
 
@@ -128,6 +167,24 @@ fn find_reply(
 
 fn read_reply<T: DeserializeOwned>(reply: &str) -> T {
     serde_json::from_str(reply).expect("the digest of the request fixes the type of its reply")
+}
+
+/// A number that was noted under this name.
+pub fn mark(tx: &Tx<'_>, name: &str) -> Result<Option<u64>, StoreError> {
+    tx.row("SELECT value FROM marks WHERE name = ?1", params![name], |row| row.get(0))
+}
+
+/// Notes a number under a name; `None`: forgets it.
+pub fn set_mark(tx: &Tx<'_>, name: &str, value: Option<u64>) -> Result<(), StoreError> {
+    match value {
+        None => tx.execute("DELETE FROM marks WHERE name = ?1", params![name])?,
+        Some(value) => tx.execute(
+            "INSERT INTO marks (name, value) VALUES (?1, ?2) \
+             ON CONFLICT (name) DO UPDATE SET value = excluded.value",
+            params![name, value],
+        )?,
+    };
+    Ok(())
 }
 
 /// Writes down what happened, for people and for the log.

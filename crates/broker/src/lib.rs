@@ -32,7 +32,7 @@ pub mod rate;
 pub mod refusal;
 mod sale;
 pub mod serve;
-mod settle;
+pub mod settle;
 pub mod store;
 pub mod tls;
 pub mod traversal;
@@ -108,6 +108,11 @@ impl Broker {
     /// Forgets what is too old to matter; see [`Ledger::prune`].
     pub fn prune(&self) -> Result<(), Refusal> {
         self.ledger.prune()
+    }
+
+    /// Forgets some of it; see [`Ledger::prune_some`].
+    pub fn prune_some(&self) -> Result<bool, Refusal> {
+        self.ledger.prune_some()
     }
 }
 

@@ -24,7 +24,7 @@ use tracing_subscriber::EnvFilter;
 
 /// Sells tokens for a cluster's machines and keeps the ledger.
 ///
-/// broker audit, broker backup and broker restore look after the ledger: see their --help.
+/// broker audit, broker backup, broker restore and broker thaw look after the ledger: see their --help.
 #[derive(Parser)]
 #[command(version)]
 struct Args {

@@ -3,6 +3,7 @@
 
 use crate::Broker;
 use crate::refusal::Refusal;
+use crate::settle;
 use crate::store::{Latency, StoreError, Tx, params};
 use prometheus_client::encoding::{EncodeLabelSet, text::encode};
 use prometheus_client::metrics::counter::Counter;
@@ -37,6 +38,7 @@ pub struct Metrics {
     refund_micro: Family<Settled, Counter>,
     nodes_alive: Gauge,
     jobs_open: Gauge,
+    jobs_frozen: Gauge,
     balances_micro: Gauge,
 }
 
@@ -58,6 +60,7 @@ impl Metrics {
             refund_micro: Family::default(),
             nodes_alive: Gauge::default(),
             jobs_open: Gauge::default(),
+            jobs_frozen: Gauge::default(),
             balances_micro: Gauge::default(),
         };
         metrics.register();
@@ -81,6 +84,11 @@ impl Metrics {
         all.register("refund_micro", "Micro-tokens given back", self.refund_micro.clone());
         all.register("nodes_alive", "Nodes that answer", self.nodes_alive.clone());
         all.register("jobs_open", "Jobs not settled", self.jobs_open.clone());
+        all.register(
+            "jobs_frozen",
+            "Of these, those that sell no more: the ledger may be older than what they sold",
+            self.jobs_frozen.clone(),
+        );
         all.register("balances_micro", "Micro-tokens in all accounts", self.balances_micro.clone());
     }
 
@@ -106,6 +114,7 @@ impl Metrics {
 /// What the ledger says of all jobs ever sold.
 struct Totals {
     open: i64,
+    frozen: i64,
     balances_micro: i64,
     /// How many, and what was given back, by how they were settled.
     settled: Vec<(String, u64, u64)>,
@@ -123,6 +132,7 @@ fn totals(tx: &Tx<'_>) -> Result<Totals, StoreError> {
          WHERE name LIKE 'customer:%'";
     Ok(Totals {
         open: one("SELECT count(*) FROM jobs WHERE settled_at IS NULL")?,
+        frozen: settle::frozen(tx)?,
         balances_micro: one(balances)?,
         settled: tx.rows(settled, params![], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?,
         sold: one("SELECT count(*) FROM jobs")?.unsigned_abs(),
@@ -136,6 +146,7 @@ impl Broker {
         let metrics = &self.metrics;
         let totals = self.ledger.read(|tx| Ok(totals(tx)?))?;
         metrics.jobs_open.set(totals.open);
+        metrics.jobs_frozen.set(totals.frozen);
         metrics.balances_micro.set(totals.balances_micro);
         metrics.nodes_alive.set(self.nodes().alive(now).count() as i64);
         metrics.sold.inner().store(totals.sold, Relaxed);

@@ -51,6 +51,8 @@ pub struct Reserved {
     pub mem_mib: u64,
     /// VMs.
     pub slots: u64,
+    /// Disk, MiB.
+    pub disk_mib: u64,
 }
 
 /// What is asked of the owner's rules: at what time.
@@ -181,9 +183,14 @@ impl Nodes {
             let reserved = reserved.get(&seen.hello.node).map_or(0, |reserved| reserved.mem_mib);
             u64::from(seen.hello.mem_mib_free).saturating_sub(reserved)
         };
+        let only_disk = || self.seen.values().any(|seen| room(seen) == Some(NO_DISK));
+        let why = || match only_disk() {
+            true => "no node that has room for this otherwise has that much free disk",
+            false => "no node that answers has room for this",
+        };
         fitting
             .min_by_key(|seen| (rate(seen, request), std::cmp::Reverse(free(seen))))
-            .ok_or(Refusal::NoFittingNode("no node that answers has room for this"))
+            .ok_or_else(|| Refusal::NoFittingNode(why()))
     }
 
     /// The page of nodes with numbers above `after`, as customers see them.
@@ -206,7 +213,10 @@ impl Nodes {
     }
 }
 
-/// Why a node cannot take the VM; `None` if it can.
+/// Said of a node that would take the VM but for its disk.
+const NO_DISK: &str = "the node has not that much free disk";
+
+/// Why a node cannot take the VM; `None` if it can. Room to be saved on is no reason: a VM without it is told so.
 fn why_not(
     seen: &Seen,
     request: &JobRequest,
@@ -223,6 +233,10 @@ fn why_not(
         Some("the node has not that many processors")
     } else if request.clones.is_none() && reserved.slots >= u64::from(hello.slots_free) {
         Some("the node has no free slot")
+    } else if request.disk_mib > 0
+        && u64::from(request.disk_mib) + reserved.disk_mib > u64::from(hello.disk_mib_free)
+    {
+        Some(NO_DISK)
     } else {
         None
     }

@@ -24,8 +24,8 @@ const SWEEP_PER_ROUND: u32 = 128;
 const BURST: usize = 32;
 /// Time to read answers between two bursts.
 const BURST_TIME: Duration = Duration::from_millis(5);
-/// Rounds between two prunings of the ledger.
-const ROUNDS_PER_PRUNE: u64 = 3600;
+/// Rounds between two looks for what the ledger can forget; while there is more, each round forgets some.
+const ROUNDS_PER_PRUNE: u64 = 60;
 
 /// The running threads; dropping it asks them to stop.
 #[derive(Debug)]
@@ -91,7 +91,7 @@ fn run_sweep(mut asker: Asker, stop: &Receiver<()>) {
 }
 
 fn run_watch(mut asker: Asker, stop: &Receiver<()>) {
-    let mut after = 0;
+    let (mut after, mut prune_at) = (0, 0);
     rounds(stop, |number, now| {
         let broker = Arc::clone(&asker.broker);
         let alive: HashSet<u32> = broker.nodes().alive(now).collect();
@@ -107,10 +107,12 @@ fn run_watch(mut asker: Asker, stop: &Receiver<()>) {
         if let Err(refusal) = broker.tick(Instant::now()) {
             tracing::error!(?refusal, "settling lost jobs");
         }
-        if number % ROUNDS_PER_PRUNE == 0
-            && let Err(refusal) = broker.prune()
-        {
-            tracing::error!(?refusal, "pruning");
+        if number >= prune_at {
+            let more = broker.prune_some().unwrap_or_else(|refusal| {
+                tracing::error!(?refusal, "pruning");
+                false
+            });
+            prune_at = number + if more { 1 } else { ROUNDS_PER_PRUNE };
         }
     });
 }

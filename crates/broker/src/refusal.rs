@@ -53,9 +53,15 @@ pub enum Refusal {
     /// The boot token may still start a VM.
     #[error("the boot token can still be shown, for {0} s")]
     TokenLive(u64),
-    /// An old backup was restored: the job may have sold more than the ledger knows.
-    #[error("the job sells no more: the broker's ledger was restored from an old backup")]
+    /// The job may have sold more than the ledger knows.
+    #[error("the job sells no more: the broker's ledger is older than what was sold")]
     JobFrozen,
+    /// Not known since the broker started: an old ledger may be in place.
+    #[error("the broker has not heard the job's node yet since it started")]
+    NotHeard,
+    /// Within the broker: a chain is wanted where none is ready; it is made, and the sale is tried again.
+    #[error("no chain is ready")]
+    NoChain,
     /// The chain has no tokens left.
     #[error("the job cannot buy that many more tokens")]
     ChainSpent,
@@ -137,7 +143,9 @@ impl Refusal {
             Refusal::NoAddress => (503, "no_address", "try again when other VMs have ended"),
             Refusal::TooMany => (429, "too_many", "make fewer requests a second"),
             Refusal::NotReady(_) => (503, "not_ready", "see the broker's log"),
-            Refusal::Busy => (503, "busy", "try again in a second"),
+            Refusal::Busy | Refusal::NotHeard | Refusal::NoChain => {
+                (503, "busy", "try again in a second")
+            }
             Refusal::Ledger(_) => {
                 (500, "ledger", "nothing was changed; repeat with the same idempotency key")
             }

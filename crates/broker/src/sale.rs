@@ -4,11 +4,12 @@
 use crate::Broker;
 use crate::accounts::balance;
 use crate::chains::{self, New};
-use crate::jobs::{self, JobRow};
+use crate::jobs::{self, Frozen, JobRow};
 use crate::journal::{self, Act, Book, Reason, request_key, signed};
+use crate::ledger::{mark, set_mark};
 use crate::nodes::{Market, Reserved, Seen};
 use crate::refusal::Refusal;
-use crate::store::{Tx, params};
+use crate::store::{StoreError, Tx, params};
 use crate::usage::note_prices;
 use onde_client::api::{
     self, Hex, JobOpened, JobRequest, NodeChoice, NodeList, Payment, TOKENS_PER_BOOT_MAX,
@@ -21,6 +22,7 @@ use onde_wire::machine::{DISK_MIB_MAX, MEM_MIB_MAX, MEM_MIB_MIN, VCPUS_MAX, held
 use onde_wire::packet::Prices;
 use onde_wire::plan;
 use onde_wire::token::{BootToken, JobId, NodeId, Origin, Renewal};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::time::Instant;
 
@@ -59,26 +61,56 @@ fn reserved_mib(request: &JobRequest) -> u32 {
 
 /// What is sold on each node and was not seen used yet.
 fn reserved(tx: &Tx<'_>) -> Result<HashMap<NodeId, Reserved>, Refusal> {
-    let sql = "SELECT node_id, CAST(sum(reserved_mib) AS BIGINT), count(*) FROM jobs \
+    let sql = "SELECT node_id, CAST(sum(reserved_mib) AS BIGINT), count(*), CAST(sum(disk_mib) AS BIGINT) FROM jobs \
          WHERE settled_at IS NULL AND booted = 0 GROUP BY node_id";
     let rows = tx.rows(sql, params![], |row| {
-        Ok((row.get(0)?, Reserved { mem_mib: row.get(1)?, slots: row.get(2)? }))
+        let (mem_mib, slots, disk_mib) = (row.get(1)?, row.get(2)?, row.get(3)?);
+        Ok((row.get(0)?, Reserved { mem_mib, slots, disk_mib }))
     })?;
     Ok(rows.into_iter().collect())
 }
 
+/// The mark of the guest address from which on the next one is looked for.
+const NEXT_GUEST: &str = "guests/next";
+/// The mark that tells the next sale to leave that place; its number is random.
+const SKIP_GUESTS: &str = "guests/skip";
+
 /// A guest address that no open job has. Goes round, so that an address rests long before it is used again.
 fn free_guest(tx: &Tx<'_>, guests_max: u32) -> Result<u32, Refusal> {
-    let sql = "SELECT guest FROM jobs ORDER BY seq DESC LIMIT 1";
-    let last: Option<u32> = tx.row(sql, params![], |row| row.get(0))?;
-    let next = last.map_or(0, |last| last + 1);
+    let next = next_guest(tx, guests_max)?;
     for start in [next, 0] {
         let guest = free_guest_from(tx, start)?;
         if guest < guests_max {
+            set_mark(tx, NEXT_GUEST, Some(u64::from(guest) + 1))?;
             return Ok(guest);
         }
     }
     Err(Refusal::NoAddress)
+}
+
+/// Where to look for an address.
+fn next_guest(tx: &Tx<'_>, guests_max: u32) -> Result<u32, Refusal> {
+    let next = match mark(tx, NEXT_GUEST)? {
+        Some(next) => Some(next),
+        // The first sale after brokers that did not note it.
+        None => {
+            tx.row("SELECT guest + 1 FROM jobs ORDER BY seq DESC LIMIT 1", &[], |row| row.get(0))?
+        }
+    };
+    let (mut next, all) = (next.unwrap_or_default(), u64::from(guests_max));
+    if let Some(random) = mark(tx, SKIP_GUESTS)? {
+        set_mark(tx, SKIP_GUESTS, None)?;
+        next = (next + all / 4 + random % (all / 2)) % all;
+    }
+    Ok(u32::try_from(next).unwrap_or_default())
+}
+
+/// After a restore there may be VMs that the ledger does not know, with the addresses behind the last one that it does. The
+/// next sale goes on a quarter to three quarters of all addresses further: past a quarter of all that have been
+/// sold since, for sure. Where is random, so that a second restore of the same backup does not meet the sales after the first.
+pub fn skip_guests(tx: &Tx<'_>) -> Result<(), StoreError> {
+    let random = u32::from_le_bytes(crate::random());
+    set_mark(tx, SKIP_GUESTS, Some(random.into()))
 }
 
 /// The first free index from `start` on: `start`, or the one behind the run of taken ones there.
@@ -120,8 +152,44 @@ impl Broker {
         now: Instant,
     ) -> Result<JobOpened, Refusal> {
         check_shape(request)?;
-        let new = self.stock.take();
+        self.with_chain(|chain| self.try_open_job(account, request, now, chain))
+    }
+
+    /// Makes a sale that may want a new chain. It asks for one only where all else is settled, so whoever cannot pay, or
+    /// asks for what was sold before, costs none; and one is made while the ledger is free for others.
+    fn with_chain<T>(
+        &self,
+        sale: impl Fn(&dyn Fn() -> Result<New, Refusal>) -> Result<T, Refusal>,
+    ) -> Result<T, Refusal> {
+        let taken = RefCell::new(None);
+        let take = || {
+            let mut taken = taken.borrow_mut();
+            *taken = taken.take().or_else(|| self.stock.take());
+            taken.clone().ok_or(Refusal::NoChain)
+        };
+        let mut done = sale(&take);
+        if matches!(done, Err(Refusal::NoChain)) {
+            taken.replace(Some(self.stock.mint()));
+            done = sale(&take);
+        }
+        // Where the store failed nobody knows whether it was sold.
+        if let (Err(refusal), Some(new)) = (&done, taken.take())
+            && !matches!(refusal, Refusal::Ledger(_))
+        {
+            self.stock.put_back(new);
+        }
+        done
+    }
+
+    fn try_open_job(
+        &self,
+        account: &str,
+        request: &JobRequest,
+        now: Instant,
+        chain: &dyn Fn() -> Result<New, Refusal>,
+    ) -> Result<JobOpened, Refusal> {
         self.ledger.act_once(account, &request.idempotency_key, &("job", request), |tx| {
+            check_money(tx, account, request.tokens, TOKEN_MICRO)?;
             let request = match request.clones {
                 Some(clones) => &at_template(tx, account, request, &clones.template.0)?,
                 None => request,
@@ -131,6 +199,7 @@ impl Broker {
                 Some(job) => moved_guest(tx, account, &job.0)?,
                 None => free_guest(tx, self.cluster.plan.guests_max())?,
             };
+            let new = chain()?;
             let mut job = new_job(account, request, &seen, guest, &new, (tx.unix_s(), now));
             job.insert(tx)?;
             note_prices(tx, &job.id, &seen.hello.prices)?;
@@ -205,32 +274,48 @@ impl Broker {
         if !(1..=TOKENS_PER_SALE_MAX).contains(&request.count) {
             return Err(Refusal::Invalid("count is 1 to 4096"));
         }
-        let mut fresh = None;
-        self.ledger.act_once(
-            account,
-            &request.idempotency_key,
-            &("tokens", Hex(*id), request),
-            |tx| {
-                let job = jobs::find_own(tx, account, id)?;
-                if !job.is_open() {
-                    return Err(Refusal::JobSettled);
-                }
-                if job.is_frozen {
-                    return Err(Refusal::JobFrozen);
-                }
-                let fresh = || fresh.get_or_insert_with(|| self.stock.take()).clone();
-                let sale = chains::sell(&job, request.count, fresh)?;
-                let index = job.sold.checked_add(sale.count).ok_or(Refusal::ChainSpent)?;
-                let key = request_key(account, &request.idempotency_key);
-                charge(tx, &job, Reason::Tokens, (job.sold + 1, index), key)?;
-                tx.execute(
-                    "UPDATE jobs SET sold = ?2, chain = ?3, chain_from = ?4 WHERE id = ?1",
-                    params![id, index, sale.chain, sale.chain_from],
-                )?;
-                let renewal = sale.anchor.map(|anchor| self.renewal(&job, anchor));
-                Ok(Payment { index, value: Hex(sale.value), renewal })
-            },
-        )
+        self.with_chain(|chain| self.try_sell_tokens(account, id, request, chain))
+    }
+
+    fn try_sell_tokens(
+        &self,
+        account: &str,
+        id: &JobId,
+        request: &TokensRequest,
+        chain: &dyn Fn() -> Result<New, Refusal>,
+    ) -> Result<Payment, Refusal> {
+        let (key, asked) = (&request.idempotency_key, ("tokens", Hex(*id), request));
+        self.ledger.act_once(account, key, &asked, |tx| {
+            let job = jobs::find_own(tx, account, id)?;
+            self.check_sells(&job)?;
+            let fresh = || {
+                let count = request.count.min(self.stock.count());
+                check_money(tx, account, count, job.value_micro)?;
+                chain()
+            };
+            let sale = chains::sell(&job, request.count, fresh)?;
+            let index = job.sold.checked_add(sale.count).ok_or(Refusal::ChainSpent)?;
+            charge(tx, &job, Reason::Tokens, (job.sold + 1, index), request_key(account, key))?;
+            tx.execute(
+                "UPDATE jobs SET sold = ?2, chain = ?3, chain_from = ?4 WHERE id = ?1",
+                params![id, index, sale.chain, sale.chain_from],
+            )?;
+            let renewal = sale.anchor.map(|anchor| self.renewal(&job, anchor));
+            Ok(Payment { index, value: Hex(sale.value), renewal })
+        })
+    }
+
+    /// Whether tokens of a job may be sold: all that were sold before are known.
+    fn check_sells(&self, job: &JobRow) -> Result<(), Refusal> {
+        if !job.is_open() {
+            Err(Refusal::JobSettled)
+        } else if job.frozen != Frozen::No {
+            Err(Refusal::JobFrozen)
+        } else if self.ledger.is_unheard(&job.id) {
+            Err(Refusal::NotHeard)
+        } else {
+            Ok(())
+        }
     }
 
     /// What makes a job's node take the tokens of a new chain, once all that were sold until now are paid.
@@ -246,6 +331,12 @@ impl Broker {
     }
 }
 
+/// What so many tokens cost, if the account covers it.
+fn check_money(tx: &Tx<'_>, account: &str, count: u32, value_micro: u64) -> Result<u64, Refusal> {
+    let (need, have) = (u64::from(count) * value_micro, balance(tx, account)?);
+    if have < need { Err(Refusal::NoMoney { need, have }) } else { Ok(need) }
+}
+
 /// Moves the price of a job's tokens `first` to `last` from its customer to the job.
 fn charge(
     tx: &Tx<'_>,
@@ -254,11 +345,7 @@ fn charge(
     (first, last): (u32, u32),
     key: String,
 ) -> Result<(), Refusal> {
-    let need = u64::from(last - first + 1) * job.value_micro;
-    let have = balance(tx, &job.account)?;
-    if have < need {
-        return Err(Refusal::NoMoney { need, have });
-    }
+    let need = check_money(tx, &job.account, last - first + 1, job.value_micro)?;
     let lines = [(Book::Customer(&job.account), -signed(need)), (Book::Job(&job.id), signed(need))];
     let (job, tokens, at) = (Some(&job.id), Some((first, last)), tx.unix_s());
     journal::post(tx, &Act { reason, key, job, tokens, at, lines: &lines })
@@ -322,6 +409,6 @@ fn new_job(
         settled_by: None,
         settled_at: None,
         refund_micro: 0,
-        is_frozen: false,
+        frozen: Frozen::No,
     }
 }

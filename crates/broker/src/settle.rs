@@ -3,12 +3,13 @@
 //! STATUS it saw, in the customer's favour: what was not seen spent is given back.
 
 use crate::Broker;
-use crate::jobs::{self, JobRow, settled_word};
+use crate::jobs::{self, Frozen, JobRow, settled_word};
 use crate::journal::{self, Act, Book, Reason, settle_key, signed};
 use crate::ledger::note;
 use crate::refusal::Refusal;
-use crate::store::{Tx, params};
-use crate::usage::note_sample;
+use crate::sale::skip_guests;
+use crate::store::{Store, StoreError, Tx, params};
+use crate::usage::{End, note_end, note_sample};
 use onde_client::api::{Job, SettledBy};
 use onde_wire::key::{Key, certificate_key};
 use onde_wire::packet::JobStatus;
@@ -17,9 +18,12 @@ use std::time::Instant;
 
 /// Ends an open job with a refund; a settled one stays as it is.
 /// A job given up for its node's silence stays watched: if the node comes back, the VM is stopped there.
-fn settle(tx: &Tx<'_>, job: &JobRow, by: SettledBy, refund: u64) -> Result<(), Refusal> {
+fn settle(tx: &Tx<'_>, job: &JobRow, by: SettledBy, refund: u64, end: End) -> Result<(), Refusal> {
     if !job.is_open() {
         return Ok(());
+    }
+    if by != SettledBy::Unused {
+        note_end(tx, &job.id, end)?;
     }
     let watched = by == SettledBy::NodeSilent;
     tx.execute(
@@ -41,7 +45,9 @@ fn settle(tx: &Tx<'_>, job: &JobRow, by: SettledBy, refund: u64) -> Result<(), R
 
 /// Ends a job whose node can no longer certify anything.
 pub fn settle_lost(tx: &Tx<'_>, job: &JobRow, by: SettledBy) -> Result<(), Refusal> {
-    settle(tx, job, by, job.paid_micro().saturating_sub(job.spent_micro))
+    let spent_micro = job.spent_micro.min(job.paid_micro());
+    let end = End { spent_micro, last_index: None };
+    settle(tx, job, by, job.paid_micro() - spent_micro, end)
 }
 
 /// The node's answer to STATUS says no such job. `expired`: asked after the boot token's end, so that
@@ -51,34 +57,70 @@ pub fn heard_gone(tx: &Tx<'_>, id: &JobId, expired: bool) -> Result<(), Refusal>
     if job.booted {
         settle_lost(tx, &job, SettledBy::NodeRestarted)?;
     } else if expired {
-        settle(tx, &job, SettledBy::Unused, job.paid_micro())?;
+        let end = End { spent_micro: 0, last_index: None };
+        settle(tx, &job, SettledBy::Unused, job.paid_micro(), end)?;
     } else {
         return Ok(());
     }
     unwatch(tx, id)
 }
 
-/// A node was paid tokens that this ledger never sold: it is an old copy, put in place of a newer one. Which jobs it is
-/// behind with nobody can tell, so none of the open ones sells any more; their chains' next tokens may be out.
-fn freeze_if_old(tx: &Tx<'_>, id: &JobId, status: &JobStatus) -> Result<(), Refusal> {
-    let job = jobs::find(tx, id)?;
-    if status.last_index <= job.sold || job.is_frozen {
-        return Ok(());
+/// A node says that it was paid tokens that this ledger never sold: the ledger is an old copy, put in place of a newer one,
+/// or the node lies. Either way its own jobs sell no more, whose chains' next tokens may be out; those of other nodes go on,
+/// for their nodes' word counts there. A job that was thawed is free when its node's word fits the ledger.
+fn freeze_if_old(tx: &Tx<'_>, job: &JobRow, status: &JobStatus) -> Result<(), Refusal> {
+    let is_ahead = status.last_index > job.sold;
+    match job.frozen {
+        Frozen::Thawing if !is_ahead => {
+            tx.execute("UPDATE jobs SET frozen = 0 WHERE id = ?1", params![job.id])?;
+            return Ok(());
+        }
+        Frozen::No | Frozen::Thawing if is_ahead => {}
+        _ => return Ok(()),
     }
-    let frozen = tx.execute("UPDATE jobs SET frozen = 1 WHERE settled_at IS NULL", &[])?;
+    let frozen = tx.execute(
+        "UPDATE jobs SET frozen = 2 WHERE settled_at IS NULL AND node_id = ?1 AND frozen IN (0, 3)",
+        params![job.node_id],
+    )?;
+    // What an old ledger does not know of may have addresses, too.
+    skip_guests(tx)?;
+    let (node, last, sold) = (job.node, status.last_index, job.sold);
     let text = format!(
-        "token {} was shown, {} were sold: an old ledger is in use; {frozen} open jobs sell no more",
-        status.last_index, job.sold
+        "node {node} was shown token {last} of a job that sold {sold}: the ledger is old, or the node lies; its \
+         {frozen} open jobs sell no more until `broker thaw --node {node}`"
     );
     tracing::error!("{text}");
-    Ok(note(tx, "ledger_is_old", Some(&job.node_id), Some(id), &text)?)
+    Ok(note(tx, "ledger_is_old", Some(&job.node_id), Some(&job.id), &text)?)
 }
 
-/// The node's answer to STATUS. What it charged never goes down, whatever order answers come in.
+/// Takes back that jobs are frozen by their node's word: the operator knows that it lied, or which ledger is right. Each
+/// sells again once its node has said what fits the ledger; if it says the same as before, they freeze again. Jobs that a
+/// restored backup froze stay so. How many there are.
+pub fn thaw(store: &Store, node: u32) -> Result<u64, StoreError> {
+    store.write(|tx| {
+        let sql =
+            "UPDATE jobs SET frozen = 3 WHERE settled_at IS NULL AND frozen = 2 AND node = ?1";
+        let thawing = tx.execute(sql, params![node])?;
+        note(tx, "thawed", None, None, &format!("{thawing} open jobs of node {node}"))?;
+        Ok(thawing)
+    })
+}
+
+/// How many open jobs are frozen, for whatever reason.
+pub fn frozen(tx: &Tx<'_>) -> Result<i64, StoreError> {
+    tx.value("SELECT count(*) FROM jobs WHERE settled_at IS NULL AND frozen <> 0", &[])
+}
+
+/// The node's answer to STATUS. What it charged never goes down, whatever order answers come in; a settled job's end stays
+/// the last that is known of it.
 pub fn heard_status(tx: &Tx<'_>, id: &JobId, status: &JobStatus) -> Result<(), Refusal> {
     use onde_wire::machine::Stage::{Ended, Purged, Stopped};
     let ended_at = matches!(status.stage, Ended | Stopped | Purged).then(|| tx.unix_s());
-    freeze_if_old(tx, id, status)?;
+    let job = jobs::find(tx, id)?;
+    if !job.is_open() {
+        return Ok(());
+    }
+    freeze_if_old(tx, &job, status)?;
     note_sample(tx, id, status)?;
     let spent = i64::try_from(status.spent_micro).unwrap_or(i64::MAX);
     tx.execute(
@@ -125,7 +167,8 @@ impl Broker {
         let certificate =
             Certificate::verify(bytes, &key).ok_or(Refusal::BadCertificate("is not the node's"))?;
         let refund = refund(&job, &certificate)?;
-        settle(tx, &job, SettledBy::Certificate, refund)?;
+        let (spent_micro, last_index) = (certificate.spent_micro, Some(certificate.last_index));
+        settle(tx, &job, SettledBy::Certificate, refund, End { spent_micro, last_index })?;
         tx.execute(
             "UPDATE jobs SET booted = 1, spent_micro = ?2 WHERE id = ?1",
             params![id, certificate.spent_micro],
@@ -159,8 +202,8 @@ fn refund(job: &JobRow, certificate: &Certificate) -> Result<u64, Refusal> {
     }
     let taken = u64::from(certificate.last_index) * job.value_micro;
     let adds_up = certificate.spent_micro.checked_add(certificate.unused_micro) == Some(taken);
-    // A ledger restored from an old backup knows less than its node, and has taken less.
-    if !adds_up || (certificate.last_index > job.sold && !job.is_frozen) {
+    // An old ledger knows less than its node, and has taken less.
+    if !adds_up || (certificate.last_index > job.sold && job.frozen == Frozen::No) {
         return Err(Refusal::BadCertificate("does not add up"));
     }
     Ok(job.paid_micro().saturating_sub(certificate.spent_micro))

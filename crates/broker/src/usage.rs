@@ -3,6 +3,7 @@
 
 use crate::Broker;
 use crate::jobs;
+use crate::ledger::{mark, set_mark};
 use crate::refusal::Refusal;
 use crate::store::{Row, StoreError, Tx, params};
 use ed25519_dalek::{Signer, SigningKey};
@@ -11,9 +12,9 @@ use onde_client::receipt::RECEIPT_VERSION;
 use onde_wire::packet::JobStatus;
 use onde_wire::token::JobId;
 
-/// How long all samples are kept: a day of a thousand jobs is some 8 GB.
+/// How long all samples are kept: a day of a thousand jobs is some 8 GB. A job's first and last stay as long as the job.
 const FINE_AGE_MAX_S: u64 = 24 * 3600;
-/// How long one sample a minute is kept.
+/// How long those of one moment a minute are kept.
 const COARSE_AGE_MAX_S: u64 = 90 * 24 * 3600;
 /// Seconds of each minute whose samples stay: nodes are asked every second.
 const KEPT_OF_MINUTE_S: u64 = 2;
@@ -51,18 +52,77 @@ pub fn note_sample(tx: &Tx<'_>, job: &JobId, status: &JobStatus) -> Result<(), S
     Ok(())
 }
 
-/// Forgets samples that are too old to be asked for second by second, or at all.
-pub fn prune(tx: &Tx<'_>) -> Result<(), StoreError> {
-    let before = |age_s| tx.unix_s().saturating_sub(age_s);
+/// Writes down what a job cost in the end, where its last sample says something else: what it used between its node's last
+/// word and its end. How that splits into meters nobody told, so they stay as they were heard.
+pub fn note_end(tx: &Tx<'_>, job: &JobId, end: End) -> Result<(), StoreError> {
+    let last = last(tx, job)?;
+    let index = end.last_index.or(last.map(|last| last.last_index)).unwrap_or_default();
+    if last.is_some_and(|last| (last.spent_micro, last.last_index) == (end.spent_micro, index)) {
+        return Ok(());
+    }
     tx.execute(
-        "DELETE FROM samples WHERE at < ?1 AND (at < ?2 OR at % 60 >= ?3)",
-        params![before(FINE_AGE_MAX_S), before(COARSE_AGE_MAX_S), KEPT_OF_MINUTE_S],
+        "INSERT INTO samples (job, age_ms, at, spent_micro, last_index, cpu_us, mem_mib_ms, sent_bytes, disk_mib_ms) \
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9)",
+        params![
+            job,
+            last.map_or(0, |last| last.age_ms + 1),
+            tx.unix_s(),
+            end.spent_micro,
+            index,
+            last.map_or(0, |last| last.cpu_us),
+            last.map_or(0, |last| last.mem_mib_ms),
+            last.map_or(0, |last| last.sent_bytes),
+            last.map_or(0, |last| last.disk_mib_ms)
+        ],
     )?;
     Ok(())
 }
 
+/// How a job ended.
+#[derive(Clone, Copy, Debug)]
+pub struct End {
+    /// Micro-tokens that it cost.
+    pub spent_micro: u64,
+    /// Tokens that its node took, where that told.
+    pub last_index: Option<u32>,
+}
+
+/// Forgets samples that are too old to be asked for second by second, or at all: `limit` of either kind at most. How many of
+/// the kind with more.
+pub fn prune(tx: &Tx<'_>, limit: u32) -> Result<u64, StoreError> {
+    let fine = thin(tx, "samples/fine", FINE_AGE_MAX_S, KEPT_OF_MINUTE_S, limit)?;
+    let coarse = thin(tx, "samples/coarse", COARSE_AGE_MAX_S, 0, limit)?;
+    Ok(fine.max(coarse))
+}
+
+/// Forgets samples older than `age_s`, but for the first `kept_s` seconds of each minute and each job's first and last.
+/// The mark says how far it came, so that what stays is not looked at each time.
+fn thin(tx: &Tx<'_>, name: &str, age_s: u64, kept_s: u64, limit: u32) -> Result<u64, StoreError> {
+    let to = tx.unix_s().saturating_sub(age_s);
+    // A clock that jumped back has a mark in its future: it begins anew.
+    let from = mark(tx, name)?.filter(|from| *from <= to).unwrap_or_default();
+    let sql = "DELETE FROM samples WHERE (job, age_ms) IN ( \
+           SELECT job, age_ms FROM samples old WHERE at >= ?1 AND at < ?2 AND at % 60 >= ?3 \
+           AND age_ms > (SELECT min(age_ms) FROM samples WHERE job = old.job) \
+           AND age_ms < (SELECT max(age_ms) FROM samples WHERE job = old.job) \
+           ORDER BY at LIMIT ?4) RETURNING at";
+    let gone: Vec<u64> = tx.rows(sql, params![from, to, kept_s, limit], |row| row.get(0))?;
+    let count = gone.len() as u64;
+    let done = if count < limit.into() { Some(to) } else { gone.into_iter().max() };
+    if done != Some(from) {
+        set_mark(tx, name, done)?;
+    }
+    Ok(count)
+}
+
 const COLUMNS: &str =
     "at, age_ms, spent_micro, last_index, cpu_us, mem_mib_ms, sent_bytes, disk_mib_ms";
+
+/// The last of a job's samples.
+fn last(tx: &Tx<'_>, job: &JobId) -> Result<Option<Sample>, StoreError> {
+    let sql = format!("SELECT {COLUMNS} FROM samples WHERE job = ?1 ORDER BY age_ms DESC LIMIT 1");
+    tx.row(&sql, params![job], read)
+}
 
 fn read(row: &Row) -> Result<Sample, StoreError> {
     Ok(Sample {
@@ -120,9 +180,6 @@ impl Broker {
             let (Some(settled_by), Some(settled_at)) = (shown.settled_by, shown.settled_at) else {
                 return Err(Refusal::JobOpen);
             };
-            let sql = format!(
-                "SELECT {COLUMNS} FROM samples WHERE job = ?1 ORDER BY age_ms DESC LIMIT 1"
-            );
             Ok(Receipt {
                 version: RECEIPT_VERSION,
                 job: shown.id,
@@ -141,7 +198,7 @@ impl Broker {
                 sold: shown.sold,
                 paid_micro: job.paid_micro(),
                 refund_micro: shown.refund_micro,
-                last: tx.row(&sql, params![id], read)?,
+                last: last(tx, id)?,
             })
         })?;
         let signature = Hex(self.signer.sign(&receipt.signed_text()).to_bytes());

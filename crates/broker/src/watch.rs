@@ -63,7 +63,13 @@ impl Broker {
                 note(tx, kind, Some(&hello.node), None, &text)?;
             }
             heard.iter().try_for_each(|heard| self.hear_job(tx, heard))
-        })
+        })?;
+        for heard in heard {
+            if let Heard::Status(job, _) | Heard::Gone(job, _) = heard {
+                self.ledger.heard(job);
+            }
+        }
+        Ok(())
     }
 
     fn hear_hellos(&self, heard: &[Heard], now: Instant) -> Vec<(&'static str, Hello)> {

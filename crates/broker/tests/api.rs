@@ -516,3 +516,85 @@ fn prices_are_the_owners_by_node_and_time_of_day() {
     hour.store(30, Relaxed);
     assert_eq!(buy(Some(1)), (1, 1001, 10), "six o'clock is day");
 }
+
+/// Making a chain of 2^31 tokens takes minutes: whoever gets no new one must not wait for it, nor may the broker.
+#[test]
+fn no_chain_is_made_for_a_sale_that_does_not_come_about() {
+    const PATIENCE: Duration = Duration::from_secs(60);
+    let (dir, now) = (Dir::new(), Instant::now());
+    let first = broker(&dir.0, now);
+    hear(&first, hello(1, 1), now);
+    for (name, tokens) in [("rich", 100), ("poor", 1)] {
+        first.open_account(&AccountRequest { name: name.into() }).expect("an account");
+        let credit = CreditRequest { idempotency_key: name.into(), micro: tokens * TOKEN };
+        first.credit_account(name, &credit).expect("money");
+    }
+    let sold = purchase(5);
+    let opened = first.open_job("rich", &sold, now).expect("a job");
+    let costly = Broker::new(cluster(), Ledger::open(&place(&dir.0)).expect("one"), OPERATOR, now);
+    let costly = costly.with_chains(31);
+    hear(&costly, hello(1, 1), now);
+    let refused = |account: &str, change: fn(&mut JobRequest)| {
+        let mut request = purchase(2);
+        change(&mut request);
+        costly.open_job(account, &request, now).expect_err("no sale").failure().error
+    };
+    let start = Instant::now();
+    assert_eq!(costly.open_job("rich", &sold, now).expect("told again"), opened);
+    assert_eq!(refused("poor", |_| ()), "no_money");
+    assert_eq!(refused("rich", |request| request.mem_mib = 2000), "no_fitting_node");
+    assert_eq!(refused("rich", |request| request.disk_mib = 501), "no_fitting_node");
+    assert_eq!(refused("rich", |request| request.moves = Some(Hex([1; 16]))), "not_found");
+    let again = JobRequest { tokens: 6, ..sold };
+    let reused = costly.open_job("rich", &again, now).expect_err("another request");
+    assert_eq!(reused.failure().error, "key_reused");
+    assert!(start.elapsed() < PATIENCE, "a chain was made");
+}
+
+#[test]
+fn a_chain_that_was_not_sold_is_not_lost_to_the_next_customer() {
+    let (dir, now) = (Dir::new(), Instant::now());
+    let ledger = Ledger::open(&place(&dir.0)).expect("a ledger");
+    // Each chain has two tokens, so that a job is soon at the end of its first.
+    let broker = Broker::new(cluster(), ledger, OPERATOR, now).with_chains(1);
+    hear(&broker, hello(1, 1), now);
+    broker.open_account(&AccountRequest { name: "a".into() }).expect("an account");
+    let credit = CreditRequest { idempotency_key: "c".into(), micro: 8 * TOKEN };
+    broker.credit_account("a", &credit).expect("money");
+    let job = broker.open_job("a", &purchase(1), now).expect("a job").job;
+    let sell = |count| {
+        let request = TokensRequest { idempotency_key: fresh_key(), count };
+        broker
+            .sell_tokens("a", &job.id.0, &request)
+            .map(|paid| (paid.index, paid.renewal.is_some()))
+    };
+    let sold: Vec<_> = (0..4).map(|_| sell(9).map_err(|no| no.failure().error)).collect();
+    let no_money = Err("no_money".to_owned());
+    assert_eq!(sold, [Ok((3, false)), Ok((5, true)), Ok((7, true)), no_money]);
+    assert_eq!(sell(1).expect("the last one"), (8, true));
+    audit(broker.store(), None).expect("sound books");
+}
+
+#[test]
+fn a_disk_is_sold_where_there_is_room_for_it() {
+    let stage = Stage::new();
+    let customer = stage.operator.customer("a", 100);
+    hear(&stage.broker, onde_wire::packet::Hello { disk_mib_free: 0, ..hello(1, 1) }, stage.start);
+    let buy = |disk_mib, node| {
+        let request = JobRequest { disk_mib, node, ..purchase(1) };
+        let (status, body) = customer.send("/v1/jobs", Some(&json(&request))).expect("answers");
+        match status {
+            200 => Ok(serde_json::from_str::<JobOpened>(&body).expect("a sale").job.node),
+            _ => Err(serde_json::from_str::<Failure>(&body).expect("a refusal").message),
+        }
+    };
+    let none = "no node that has room for this otherwise has that much free disk".to_owned();
+    let not_there = "the node has not that much free disk".to_owned();
+    assert_eq!(buy(0, None), Ok(1), "the cheapest, as long as nobody wants a disk");
+    assert_eq!(buy(300, None), Ok(2));
+    assert_eq!(buy(300, None), Err(none.clone()), "what was sold is taken, booted or not");
+    assert_eq!(buy(200, Some(NodeChoice::Number(1))), Err(not_there.clone()));
+    assert_eq!(buy(201, Some(NodeChoice::Number(2))), Err(not_there));
+    assert_eq!(buy(200, None), Ok(2));
+    assert_eq!(buy(1, None), Err(none));
+}

@@ -4,8 +4,11 @@ mod stage;
 
 use onde_broker::ledger::Ledger;
 use onde_broker::refusal::Refusal;
+use onde_broker::watch::Heard;
 use onde_broker::{Broker, store::Store};
 use onde_client::api::*;
+use onde_wire::machine::Stage as VmStage;
+use onde_wire::packet::JobStatus;
 use stage::*;
 use std::process::{Command, Output};
 use std::time::Instant;
@@ -47,6 +50,7 @@ fn open(place: &str) -> Broker {
     let broker =
         Broker::new(cluster(), Ledger::open(place).expect("a ledger"), OPERATOR, Instant::now());
     hear(&broker, hello(1, 1), Instant::now());
+    hear_unbooted(&broker, Instant::now());
     broker
 }
 
@@ -82,6 +86,30 @@ fn an_audit_proves_the_books_or_names_the_first_bad_act() {
     tampered(&place, "DELETE FROM lines WHERE act = 3; DELETE FROM acts WHERE seq = 3");
     check_fails(&["audit", "--db", &place, "--noted", &after], "act 2 was altered");
     check_fails(&["audit", "--db", "/nowhere/ledger.db"], "there is no ledger");
+}
+
+#[test]
+fn an_audit_tells_of_frozen_jobs_and_the_operator_thaws_them() {
+    let dir = Dir::new();
+    let (place, job) = with_job(&dir);
+    let broker = open(&place);
+    let said = |last_index| {
+        let said = JobStatus { last_index, ..status(VmStage::Running, 0) };
+        broker.hear(&[Heard::Status(job.id.0, said)], Instant::now()).expect("heard");
+    };
+    let audit = || run(&["audit", "--db", &place]);
+    said(10);
+    assert!(!audit().contains("sell no more"));
+    said(11);
+    assert!(audit().contains("1 open jobs sell no more"), "{}", audit());
+    assert_eq!(run(&["thaw", "--db", &place, "--node", "2"]), "0 jobs of node 2 thaw\n");
+    assert_eq!(run(&["thaw", "--db", &place, "--node", "1"]), "1 jobs of node 1 thaw\n");
+    assert!(audit().contains("sell no more"), "until the node says what fits");
+    said(11);
+    assert_eq!(run(&["thaw", "--db", &place, "--node", "1"]), "1 jobs of node 1 thaw\n");
+    said(10);
+    assert!(!audit().contains("sell no more"));
+    check_fails(&["thaw", "--db", "/nowhere/ledger.db", "--node", "1"], "there is no ledger");
 }
 
 /// Into `place`: a backup made while a broker sells. What may have been sold since is not sold again.

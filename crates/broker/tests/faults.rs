@@ -35,6 +35,7 @@ fn life(dir: &Path, step: u64, name: &str) {
     let now = Instant::now();
     let broker = broker(dir, now);
     hear(&broker, hello(1, 1), now);
+    hear_unbooted(&broker, now);
     broker.store().die_at(step);
     match broker.open_account(&AccountRequest { name: name.into() }) {
         Ok(_) | Err(Refusal::AccountExists) => {}

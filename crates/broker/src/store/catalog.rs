@@ -31,6 +31,22 @@ impl Tx<'_> {
         self.rows(sql, params![table], |row| row.get(0))
     }
 
+    /// Names of the columns of a table's primary key, in its order.
+    pub fn key(&self, table: &str) -> Result<Vec<String>, StoreError> {
+        let sql = match self.is_postgres() {
+            true => {
+                "SELECT k.column_name::text FROM information_schema.key_column_usage k \
+                 JOIN information_schema.table_constraints c \
+                 ON c.constraint_schema = k.constraint_schema AND c.constraint_name = k.constraint_name \
+                 AND c.table_name = k.table_name \
+                 WHERE c.table_schema = current_schema() AND c.table_name = ?1 \
+                 AND c.constraint_type = 'PRIMARY KEY' ORDER BY k.ordinal_position"
+            }
+            false => "SELECT name FROM pragma_table_info(?1) WHERE pk > 0 ORDER BY pk",
+        };
+        self.rows(sql, params![table], |row| row.get(0))
+    }
+
     /// After rows came in with numbers of their own: the next number is behind them. SQLite knows by itself.
     pub fn restart_sequences(&self) -> Result<(), StoreError> {
         if !self.is_postgres() {

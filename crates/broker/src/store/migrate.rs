@@ -9,12 +9,13 @@ use crate::journal;
 struct Migration(&'static str, fn(&Tx<'_>) -> Result<(), StoreError>);
 
 /// All steps; the first makes version 1. Only ever add to the end.
-const MIGRATIONS: [Migration; 5] = [
+const MIGRATIONS: [Migration; 6] = [
     Migration(include_str!("../../migrations/1.sql"), |_| Ok(())),
     Migration(include_str!("../../migrations/2.sql"), journal::adopt),
     Migration(include_str!("../../migrations/3.sql"), |_| Ok(())),
     Migration(include_str!("../../migrations/4.sql"), |_| Ok(())),
     Migration(include_str!("../../migrations/5.sql"), |_| Ok(())),
+    Migration(include_str!("../../migrations/6.sql"), |_| Ok(())),
 ];
 
 /// SQLite's words and PostgreSQL's. A sequence in SQLite is a column's business, in PostgreSQL a type's.
