@@ -137,7 +137,8 @@ struct NodePage {
 
 /// The nodes: what they have free and what they charge.
 #[utoipa::path(get, path = "/v1/nodes", params(NodePage),
-    responses((status = 200, body = NodeList), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = NodeList), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn nodes(broker: Shared, key: Bearer, Query(page): Query<NodePage>) -> Answer<NodeList> {
     let limit = page.limit.unwrap_or(PAGE_DEFAULT).clamp(1, PAGE_MAX);
     customer(broker, key, move |broker, _| broker.node_list(page.after, limit, Instant::now()))
@@ -146,7 +147,8 @@ async fn nodes(broker: Shared, key: Bearer, Query(page): Query<NodePage>) -> Ans
 
 /// The caller's balance and journal.
 #[utoipa::path(get, path = "/v1/account", params(Page),
-    responses((status = 200, body = Account), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Account), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn account(broker: Shared, key: Bearer, Query(page): Query<Page>) -> Answer<Account> {
     customer(broker, key, move |broker, name| broker.account(name, page.before(), page.limit()))
         .await
@@ -154,7 +156,8 @@ async fn account(broker: Shared, key: Bearer, Query(page): Query<Page>) -> Answe
 
 /// Buys a boot token.
 #[utoipa::path(post, path = "/v1/jobs", request_body = JobRequest,
-    responses((status = 200, body = JobOpened), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = JobOpened), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn open_job(
     broker: Shared,
     key: Bearer,
@@ -165,7 +168,8 @@ async fn open_job(
 
 /// The caller's jobs, newest first.
 #[utoipa::path(get, path = "/v1/jobs", params(Page),
-    responses((status = 200, body = JobList), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = JobList), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn jobs(broker: Shared, key: Bearer, Query(page): Query<Page>) -> Answer<JobList> {
     let open = page.open.unwrap_or(false);
     customer(broker, key, move |broker, name| broker.jobs(name, open, page.before(), page.limit()))
@@ -174,7 +178,8 @@ async fn jobs(broker: Shared, key: Bearer, Query(page): Query<Page>) -> Answer<J
 
 /// One job.
 #[utoipa::path(get, path = "/v1/jobs/{id}", params(("id" = String, Path)),
-    responses((status = 200, body = Job), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Job), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn job(broker: Shared, key: Bearer, Path(id): Path<Hex<16>>) -> Answer<Job> {
     customer(broker, key, move |broker, name| broker.job(name, &id.0)).await
 }
@@ -182,7 +187,8 @@ async fn job(broker: Shared, key: Bearer, Path(id): Path<Hex<16>>) -> Answer<Job
 /// Buys payment tokens for an open job.
 #[utoipa::path(post, path = "/v1/jobs/{id}/tokens", params(("id" = String, Path)),
     request_body = TokensRequest,
-    responses((status = 200, body = Payment), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Payment), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn tokens(
     broker: Shared,
     key: Bearer,
@@ -195,7 +201,8 @@ async fn tokens(
 /// Redeems a certificate: what is left goes back to the account, once.
 #[utoipa::path(post, path = "/v1/jobs/{id}/redeem", params(("id" = String, Path)),
     request_body = RedeemRequest,
-    responses((status = 200, body = Job), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Job), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn redeem(
     broker: Shared,
     key: Bearer,
@@ -208,14 +215,16 @@ async fn redeem(
 
 /// Asks for the money of a boot token that was never shown.
 #[utoipa::path(post, path = "/v1/jobs/{id}/cancel", params(("id" = String, Path)),
-    responses((status = 200, body = Job), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Job), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn cancel(broker: Shared, key: Bearer, Path(id): Path<Hex<16>>) -> Answer<Job> {
     customer(broker, key, move |broker, name| broker.cancel(name, &id.0, Instant::now())).await
 }
 
 /// Opens an account (operator).
 #[utoipa::path(post, path = "/v1/accounts", request_body = AccountRequest,
-    responses((status = 200, body = AccountOpened), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = AccountOpened), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn open_account(
     broker: Shared,
     key: Bearer,
@@ -227,7 +236,8 @@ async fn open_account(
 /// Issues one more key for an account (operator).
 #[utoipa::path(post, path = "/v1/accounts/{name}/keys", params(("name" = String, Path)),
     request_body = KeyRequest,
-    responses((status = 200, body = AccountOpened), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = AccountOpened), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn add_key(
     broker: Shared,
     key: Bearer,
@@ -239,7 +249,8 @@ async fn add_key(
 
 /// Makes a key worthless: one of the caller's account, or any (operator).
 #[utoipa::path(delete, path = "/v1/keys/{id}", params(("id" = String, Path)),
-    responses((status = 200, body = Revoked), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Revoked), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn revoke_key(State(broker): Shared, key: Bearer, Path(id): Path<Hex<8>>) -> Answer<Revoked> {
     blocking(move || match broker.is_operator(&key.0) {
         true => broker.revoke_key(None, &id),
@@ -251,7 +262,8 @@ async fn revoke_key(State(broker): Shared, key: Bearer, Path(id): Path<Hex<8>>) 
 /// A shop system says that somebody paid. Needs no key: `Onde-Signature: t=SECONDS,v1=HEX` signs time and body.
 #[utoipa::path(post, path = "/v1/webhook", request_body = PaidRequest, security(()),
     params(("Onde-Signature" = String, Header)),
-    responses((status = 200, body = Credited), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Credited), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn webhook(State(broker): Shared, headers: HeaderMap, body: Bytes) -> Answer<Credited> {
     let signature = headers.get("onde-signature").and_then(|value| value.to_str().ok());
     let signature = signature.unwrap_or_default().to_owned();
@@ -270,7 +282,8 @@ struct UsagePage {
 
 /// What a job used, as its node said each time it was asked.
 #[utoipa::path(get, path = "/v1/jobs/{id}/usage", params(("id" = String, Path), UsagePage),
-    responses((status = 200, body = Usage), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Usage), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn usage(
     broker: Shared,
     key: Bearer,
@@ -283,7 +296,8 @@ async fn usage(
 
 /// A settled job's receipt, signed.
 #[utoipa::path(get, path = "/v1/jobs/{id}/receipt", params(("id" = String, Path)),
-    responses((status = 200, body = SignedReceipt), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = SignedReceipt), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn receipt(broker: Shared, key: Bearer, Path(id): Path<Hex<16>>) -> Answer<SignedReceipt> {
     customer(broker, key, move |broker, name| broker.receipt(name, &id.0)).await
 }
@@ -291,7 +305,8 @@ async fn receipt(broker: Shared, key: Bearer, Path(id): Path<Hex<16>>) -> Answer
 /// Puts money into an account (operator).
 #[utoipa::path(post, path = "/v1/accounts/{name}/credit", params(("name" = String, Path)),
     request_body = CreditRequest,
-    responses((status = 200, body = Credited), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = Credited), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn credit(
     broker: Shared,
     key: Bearer,
@@ -303,7 +318,8 @@ async fn credit(
 
 /// What happened to nodes and jobs (operator).
 #[utoipa::path(get, path = "/v1/events", params(Page),
-    responses((status = 200, body = EventList), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = EventList), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn events(broker: Shared, key: Bearer, Query(page): Query<Page>) -> Answer<EventList> {
     operator(broker, key, move |broker| {
         broker.ledger.read(|tx| ledger::events(tx, page.before(), page.limit()))
@@ -345,7 +361,8 @@ async fn readyz(State(broker): Shared) -> Answer<Ready> {
 
 /// Figures for Prometheus (operator, or a key with this scope).
 #[utoipa::path(get, path = "/metrics",
-    responses((status = 200, body = String, content_type = "application/openmetrics-text"), (status = "4XX", body = Failure)))]
+    responses((status = 200, body = String, content_type = "application/openmetrics-text"), (status = "4XX", body = Failure),
+        (status = "5XX", body = Failure)))]
 async fn metrics(broker: Shared, key: Bearer) -> Result<Response, Refusal> {
     let figures = move |broker: &Broker| broker.figures(Instant::now());
     let State(it) = &broker;

@@ -1,11 +1,19 @@
 //! Walks the OpenAPI document and asks the running broker for each operation: with right and wrong keys, with
 //! parameters and bodies made from the document's schemas, and with each of them broken in each of its parts. Every
-//! status and every body that comes back has to be one that the document promises.
+//! status and every body that comes back has to be one that the document promises, and each operation is seen to do what it
+//! is for.
 
 mod stage;
 
-use serde_json::{Map, Value, json};
+use onde_broker::Broker;
+use onde_broker::ledger::Ledger;
+use onde_broker::payments::Webhook as WebhookSecret;
+use onde_client::api::*;
+use serde::de::DeserializeOwned;
+use serde_json::{Map, Value, json as value};
 use stage::*;
+use std::collections::BTreeSet;
+use std::sync::Arc;
 use std::time::Instant;
 
 /// Deepest nesting of schemas that is followed.
@@ -18,6 +26,8 @@ struct Tester {
     /// Ids that exist, for paths.
     job: String,
     asked: usize,
+    /// Operations that did what they are for.
+    done: BTreeSet<String>,
 }
 
 impl Tester {
@@ -47,7 +57,7 @@ impl Tester {
                 };
                 Value::Object(parts.iter().map(part).collect::<Map<_, _>>())
             }
-            Some("array") => json!([self.example(name, &schema["items"], depth + 1)]),
+            Some("array") => value!([self.example(name, &schema["items"], depth + 1)]),
             Some("integer" | "number") => schema["minimum"].as_u64().unwrap_or(1).max(1).into(),
             Some("boolean") => true.into(),
             Some("string") => text(name).into(),
@@ -110,7 +120,17 @@ impl Tester {
 
     /// Sends, and holds the answer against the operation.
     fn ask(&mut self, caller: usize, method: &str, path: &str, body: Option<&str>, op: &Value) {
-        let (status, kind, text) = self.callers[caller].ask(method, path, body);
+        let answer = self.callers[caller].ask(method, path, body);
+        self.hold((method, path, body), answer, op);
+    }
+
+    /// Holds an answer against the operation that it is of.
+    fn hold(
+        &mut self,
+        (method, path, body): (&str, &str, Option<&str>),
+        (status, kind, text): (u16, String, String),
+        op: &Value,
+    ) {
         let what = format!("{method} {path} {body:?}: {status} {text}");
         let patterns = [status.to_string(), format!("{}XX", status / 100)];
         let promised = patterns.iter().find_map(|status| op["responses"].get(status));
@@ -125,6 +145,65 @@ impl Tester {
             }
         }
         self.asked += 1;
+        if (200..300).contains(&status) {
+            self.done.insert(op["operationId"].as_str().expect("each has one").into());
+        }
+    }
+
+    /// Does what an operation is for, as `caller`, at a path that fits `pattern`: the answer.
+    fn act<T: DeserializeOwned>(
+        &mut self,
+        caller: usize,
+        (method, pattern): (&str, &str),
+        id: &str,
+        body: Option<&str>,
+        head: (&str, &str),
+    ) -> T {
+        let op = self.document["paths"][pattern][method].clone();
+        let path = pattern.replace("{id}", id).replace("{name}", "rich");
+        let answer = self.callers[caller].ask_with(method, &path, body, head);
+        let text = answer.2.clone();
+        assert_eq!(answer.0, 200, "{method} {path}: {text}");
+        self.hold((method, &path, body), answer, &op);
+        serde_json::from_str(&text).expect("an answer of the API's type")
+    }
+
+    /// The life of a job, of a key and of a shop's payment, from their beginning to their end.
+    fn live(&mut self) {
+        const NO: (&str, &str) = ("Accept", "*/*");
+        const RICH: usize = 1;
+        let opened: JobOpened =
+            self.act(RICH, ("post", "/v1/jobs"), "", Some(&json(&purchase(5))), NO);
+        let id = opened.job.id.to_string();
+        // The second is of a new chain.
+        for renewed in [false, true] {
+            let request = TokensRequest { idempotency_key: fresh_key(), count: 9 };
+            let at = ("post", "/v1/jobs/{id}/tokens");
+            let paid: Payment = self.act(RICH, at, &id, Some(&json(&request)), NO);
+            assert_eq!(paid.renewal.is_some(), renewed);
+        }
+        let request = RedeemRequest { certificate: certificate(&opened.job, 5, 3 * TOKEN) };
+        let at = ("post", "/v1/jobs/{id}/redeem");
+        let settled: Job = self.act(RICH, at, &id, Some(&json(&request)), NO);
+        let again: Job = self.act(RICH, ("post", "/v1/jobs/{id}/cancel"), &id, Some("{}"), NO);
+        assert_eq!(settled, again);
+        let shown: Job = self.act(RICH, ("get", "/v1/jobs/{id}"), &id, None, NO);
+        assert_eq!(settled, shown);
+        let at = ("get", "/v1/jobs/{id}/receipt");
+        let signed: SignedReceipt = self.act(RICH, at, &id, None, NO);
+        let usage: Usage = self.act(RICH, ("get", "/v1/jobs/{id}/usage"), &id, None, NO);
+        assert_eq!(usage.samples.last().copied(), signed.receipt.last);
+
+        let at = ("post", "/v1/accounts/{name}/keys");
+        let key: AccountOpened = self.act(0, at, "", Some(&json(&KeyRequest::default())), NO);
+        let _: Revoked = self.act(RICH, ("delete", "/v1/keys/{id}"), &key.id.to_string(), None, NO);
+
+        let (reference, account) = ("order-1".into(), "rich".into());
+        let body = json(&PaidRequest { reference, account, micro: 1 });
+        let at = std::time::UNIX_EPOCH.elapsed().expect("after 1970").as_secs();
+        let signature = WebhookSecret::new(WEBHOOK).sign(at, body.as_bytes());
+        let head = ("Onde-Signature", &*signature);
+        let _: Credited = self.act(2, ("post", "/v1/webhook"), "", Some(&body), head);
     }
 
     /// Paths and queries for an operation: right ones first.
@@ -163,7 +242,7 @@ impl Tester {
             without.as_object_mut().expect("an object").remove(name);
             bodies.push(without);
             for wrong in
-                [json!(null), json!(-1), json!("x"), json!([]), json!(u64::MAX), json!(1.5)]
+                [value!(null), value!(-1), value!("x"), value!([]), value!(u64::MAX), value!(1.5)]
             {
                 let mut broken = right.clone();
                 broken[name] = wrong;
@@ -223,20 +302,32 @@ fn text(name: &str) -> String {
 #[test]
 fn the_broker_keeps_what_its_document_promises() {
     let dir = Dir::new();
-    let broker = broker(&dir.0, Instant::now());
-    hear(&broker, hello(1, 1), Instant::now());
+    let now = Instant::now();
+    let ledger = Ledger::open(&place(&dir.0)).expect("a ledger");
+    // Chains of two tokens, so that a job is soon at the end of its first.
+    let broker = Broker::new(cluster(), ledger, OPERATOR, now).with_chains(1);
+    let broker = Arc::new(broker.with_webhook(WEBHOOK));
+    hear(&broker, hello(1, 1), now);
     let operator = Caller::new(&serve(broker), OPERATOR);
     let rich = operator.customer("rich", 1_000_000);
-    let job = rich.post::<onde_client::api::JobOpened>("/v1/jobs", &purchase(1)).job.id;
+    let job = rich.post::<JobOpened>("/v1/jobs", &purchase(1)).job.id;
     let stranger = Caller::new(&operator.url, "onde_nobody");
     let document: Value = stranger.get("/openapi.json");
     let callers = vec![operator, rich, stranger];
-    let mut tester = Tester { document, callers, job: job.to_string(), asked: 0 };
+    let mut tester =
+        Tester { document, callers, job: job.to_string(), asked: 0, done: BTreeSet::new() };
+    tester.live();
     let paths = tester.document["paths"].as_object().cloned().expect("paths");
     for (path, operations) in &paths {
         for (method, op) in operations.as_object().expect("operations") {
             tester.operation(path, method, op);
         }
+    }
+    let operations =
+        paths.values().flat_map(|operations| operations.as_object().expect("an object"));
+    for (method, op) in operations {
+        let id = op["operationId"].as_str().expect("each has one");
+        assert!(tester.done.contains(id), "{method} {id} was never seen to succeed");
     }
     assert!(tester.asked > 500, "only {} requests", tester.asked);
     println!("openapi: {} requests answered as promised", tester.asked);

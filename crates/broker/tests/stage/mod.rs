@@ -220,10 +220,22 @@ impl Caller {
 
     /// Status, media type and body of an answer to any method.
     pub fn ask(&self, method: &str, path: &str, body: Option<&str>) -> (u16, String, String) {
+        self.ask_with(method, path, body, ("Accept", "*/*"))
+    }
+
+    /// The same with one more line in its head.
+    pub fn ask_with(
+        &self,
+        method: &str,
+        path: &str,
+        body: Option<&str>,
+        (name, value): (&str, &str),
+    ) -> (u16, String, String) {
         let host = self.url.split('#').next().expect("always one");
         let request = ureq::http::Request::builder()
             .method(&*method.to_uppercase())
             .uri(format!("{host}{path}"))
+            .header(name, value)
             .header("Authorization", format!("Bearer {}", self.key));
         let answer = match body {
             None => self.agent.run(request.body(()).expect("a request")),
