@@ -97,3 +97,37 @@ fn bounds_heads_and_connections() {
         assert!(Instant::now() < deadline, "places are not given back");
     }
 }
+
+#[test]
+fn a_request_at_work_is_finished_when_the_broker_ends() {
+    let (dir, (end, ended)) = (Dir::new(), tokio::sync::oneshot::channel::<()>());
+    let broker = broker(&dir.0, Instant::now());
+    let (address, server) =
+        serve_until(broker.clone(), None, 0, async move { ended.await.expect("told to end") });
+    let idle = TcpStream::connect(address).expect("a connection");
+    let mut stream = TcpStream::connect(address).expect("a connection");
+    stream.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
+    let body = "{\"name\": \"late\"}";
+    let head = format!(
+        "POST /v1/accounts HTTP/1.1\r\nHost: b\r\nAuthorization: Bearer {OPERATOR}\r\n\
+         Content-Type: application/json\r\nContent-Length: {}\r\nExpect: 100-continue\r\n\r\n",
+        body.len()
+    );
+    stream.write_all(head.as_bytes()).expect("sent");
+    let go_on = b"HTTP/1.1 100 Continue\r\n\r\n";
+    let mut told = vec![0; go_on.len()];
+    stream.read_exact(&mut told).expect("the broker is at work on it");
+    assert_eq!(told, go_on);
+    end.send(()).expect("it serves");
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while TcpStream::connect(address).is_ok() {
+        assert!(Instant::now() < deadline, "it takes new connections");
+    }
+    stream.write_all(body.as_bytes()).expect("sent");
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).expect("an answer, and then the end");
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("onde_"), "{answer}");
+    server.join().expect("nobody who idles holds it up");
+    drop(idle);
+    assert_eq!(broker.account("late", i64::MAX, 1).expect("it was opened").balance_micro, 0);
+}

@@ -1,9 +1,11 @@
 //! The real broker program and its poller against a node that answers ICMP echo: found by the sweep, asked about its
-//! job, lost by a restart; an impostor without the cluster secret is not believed. Runs in a network namespace of
+//! job, lost by a restart; an impostor without the cluster secret is not believed; its log is JSON. Runs in a network namespace of
 //! its own, so it needs root: the test starts itself there as `--inside DIR`.
 
 mod stage;
 
+use onde_broker::audit::audit;
+use onde_broker::store::Store;
 use onde_client::api::*;
 use onde_wire::key::{Key, job_key, node_key};
 use onde_wire::machine::Stage as VmStage;
@@ -13,6 +15,7 @@ use rustix::net::{
     AddressFamily, RecvFlags, SendFlags, SocketType, bind, ipproto, recvfrom, sendto, socket,
 };
 use stage::*;
+use std::fs::File;
 use std::io::{BufRead, BufReader};
 use std::net::{Ipv4Addr, SocketAddrV4};
 use std::path::Path;
@@ -20,7 +23,7 @@ use std::process::{Command, Stdio};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-fn main() {
+pub fn main() {
     let args: Vec<_> = std::env::args().collect();
     if let Some(at) = args.iter().position(|arg| arg == "--inside") {
         return inside(Path::new(&args[at + 1]));
@@ -119,6 +122,25 @@ fn until<T>(what: &str, mut ask: impl FnMut() -> Option<T>) -> T {
     }
 }
 
+/// Each line is an object with what programs look for, and what happened is there.
+fn check_log(file: &Path) {
+    let text = std::fs::read_to_string(file).expect("the log");
+    let read = |line: &str| -> serde_json::Value {
+        serde_json::from_str(line).unwrap_or_else(|error| panic!("{error}: {line}"))
+    };
+    let lines: Vec<_> = text.lines().map(read).collect();
+    for line in &lines {
+        let has = |field: &str| line[field].is_string();
+        assert!(has("timestamp") && has("level") && has("target") && has("message"), "{line}");
+    }
+    for kind in ["node_up", "node_restarted", "job_settled"] {
+        let is_there = |line: &serde_json::Value| {
+            line["kind"] == kind && line["node"] == Hex([1_u8; 16]).to_string()
+        };
+        assert!(lines.iter().any(is_there), "no {kind} in {text}");
+    }
+}
+
 fn inside(dir: &Path) {
     sh("ip link set lo up; ip addr add 198.18.1.1/32 dev lo; ip addr add 198.18.2.1/32 dev lo
         echo 1 > /proc/sys/net/ipv4/icmp_echo_ignore_all
@@ -135,14 +157,19 @@ fn inside(dir: &Path) {
     )
     .expect("a file");
     let path = |name: &str| dir.join(name);
-    let mut broker = Command::new(env!("CARGO_BIN_EXE_broker"))
-        .args(["--listen", "127.0.0.1:8180", "--db"])
-        .arg(path("ledger.db"))
-        .arg("--cluster")
+    let ledger = place(dir);
+    let mut broker = Command::new(env!("CARGO_BIN_EXE_broker"));
+    match ON_POSTGRES {
+        true => broker.env("DATABASE_URL", &ledger),
+        false => broker.env_remove("DATABASE_URL").args(["--db", &ledger]),
+    };
+    let mut broker = broker
+        .args(["--listen", "127.0.0.1:8180", "--log", "json", "--cluster"])
         .arg(path("cluster"))
         .arg("--admin-key-file")
         .arg(path("admin"))
         .stdout(Stdio::piped())
+        .stderr(File::create(path("log")).expect("a file"))
         .spawn()
         .expect("the broker program");
     let mut lines = BufReader::new(broker.stdout.take().expect("piped")).lines();
@@ -171,5 +198,8 @@ fn inside(dir: &Path) {
 
     sh(&format!("kill -TERM {}", broker.id()));
     assert!(broker.wait().expect("ended").success(), "a graceful end");
+    let books = audit(&Store::open(&ledger).expect("its ledger"), None).expect("sound books");
+    assert_eq!(books.acts, 3, "a credit, a sale, a refund");
+    check_log(&path("log"));
     println!("poll: found, asked, lost and credited a node by ICMP echo");
 }

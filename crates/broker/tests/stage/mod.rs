@@ -21,6 +21,7 @@ use serde::de::DeserializeOwned;
 use std::net::SocketAddr;
 use std::path::Path;
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Instant;
 use ureq::unversioned::resolver::DefaultResolver;
 use ureq::unversioned::transport::{Connector as _, TcpConnector};
@@ -82,18 +83,28 @@ pub fn serve(broker: Arc<Broker>) -> String {
 
 /// Serves until the process ends.
 pub fn serve_as(broker: Arc<Broker>, tls: Option<Arc<ServerConfig>>, per_s: u32) -> SocketAddr {
+    serve_until(broker, tls, per_s, std::future::pending()).0
+}
+
+/// Serves until `end` comes, and then until nothing is at work.
+pub fn serve_until(
+    broker: Arc<Broker>,
+    tls: Option<Arc<ServerConfig>>,
+    per_s: u32,
+    end: impl Future<Output = ()> + Send + 'static,
+) -> (SocketAddr, JoinHandle<()>) {
     let listener = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = listener.local_addr().expect("bound");
     listener.set_nonblocking(true).expect("a socket");
-    std::thread::spawn(move || {
+    let server = std::thread::spawn(move || {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         runtime.block_on(async {
             let listener = tokio::net::TcpListener::from_std(listener).expect("a socket");
             let routes = http::router(broker, per_s);
-            serve::serve(listener, tls, routes, std::future::pending()).await;
+            serve::serve(listener, tls, routes, end).await;
         });
     });
-    address
+    (address, server)
 }
 
 /// Node `number` in its `life`-th life, 1000 MiB and 4 slots, up for 10 s; dearer with its number.
