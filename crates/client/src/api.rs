@@ -485,7 +485,8 @@ pub struct PaidRequest {
     pub micro: u64,
 }
 
-/// What a node said of a job's meters. All grow only.
+/// What a node said of a job's meters. All grow only. The last of a settled job is what it cost: where its node was not asked
+/// between its last use and its end, `spent_micro` is what the end said, and the meters are still those heard before.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 #[serde(deny_unknown_fields)]
@@ -508,7 +509,7 @@ pub struct Sample {
     pub disk_mib_ms: u64,
 }
 
-/// A page of what a job used, oldest first. A day later one sample a minute is left of it.
+/// A page of what a job used, oldest first. A day later one moment a minute is left of it, after 90 days the first and the last.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[cfg_attr(feature = "openapi", derive(ToSchema))]
 pub struct Usage {
@@ -569,7 +570,7 @@ pub struct Receipt {
     pub paid_micro: u64,
     /// Micro-tokens given back.
     pub refund_micro: u64,
-    /// The last that the broker saw of its meters.
+    /// Its last [`Sample`]: what it cost, and the last that was heard of its meters. Absent where it never ran.
     pub last: Option<Sample>,
 }
 
@@ -617,7 +618,7 @@ pub struct Event {
     pub id: i64,
     /// Seconds since 1970.
     pub at: u64,
-    /// What: `node_up`, `node_restarted`, `node_silent`, `job_settled`.
+    /// What: `node_up`, `node_restarted`, `node_silent`, `job_settled`, `ledger_is_old`, `ledger_restored`, `thawed`.
     pub kind: String,
     /// The node.
     #[cfg_attr(feature = "openapi", schema(value_type = Option<String>))]
