@@ -140,8 +140,8 @@ impl Ledger {
                    SELECT seq FROM jobs WHERE watched = 1 AND settled_at < ?1 LIMIT ?2)",
                 params![before(WATCH_AGE_MAX_S), PRUNE_MAX],
             )?;
-            let samples = crate::usage::prune(tx, PRUNE_MAX)?;
-            Ok([replies, events, watched, samples].iter().any(|gone| *gone >= PRUNE_MAX.into()))
+            let more = [replies, events, watched].iter().any(|gone| *gone >= PRUNE_MAX.into());
+            Ok(crate::usage::prune(tx, PRUNE_MAX)? || more)
         })
     }
 

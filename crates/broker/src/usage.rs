@@ -19,6 +19,9 @@ const COARSE_AGE_MAX_S: u64 = 90 * 24 * 3600;
 /// Seconds of each minute whose samples stay: nodes are asked every second.
 const KEPT_OF_MINUTE_S: u64 = 2;
 
+/// Seconds of samples that are looked at in one act: those that stay take time, too.
+const STRETCH_S: u64 = 3600;
+
 /// Writes down what the node charges, for good.
 pub fn note_prices(
     tx: &Tx<'_>,
@@ -87,32 +90,33 @@ pub struct End {
     pub last_index: Option<u32>,
 }
 
-/// Forgets samples that are too old to be asked for second by second, or at all: `limit` of either kind at most. How many of
-/// the kind with more.
-pub fn prune(tx: &Tx<'_>, limit: u32) -> Result<u64, StoreError> {
+/// Forgets samples that are too old to be asked for second by second, or at all: `limit` of either kind at most. Whether
+/// there may be more.
+pub fn prune(tx: &Tx<'_>, limit: u32) -> Result<bool, StoreError> {
     let fine = thin(tx, "samples/fine", FINE_AGE_MAX_S, KEPT_OF_MINUTE_S, limit)?;
     let coarse = thin(tx, "samples/coarse", COARSE_AGE_MAX_S, 0, limit)?;
-    Ok(fine.max(coarse))
+    Ok(fine || coarse)
 }
 
 /// Forgets samples older than `age_s`, but for the first `kept_s` seconds of each minute and each job's first and last.
-/// The mark says how far it came, so that what stays is not looked at each time.
-fn thin(tx: &Tx<'_>, name: &str, age_s: u64, kept_s: u64, limit: u32) -> Result<u64, StoreError> {
+/// The mark says how far it came, so that what stays is not looked at each time. Whether there may be more.
+fn thin(tx: &Tx<'_>, name: &str, age_s: u64, kept_s: u64, limit: u32) -> Result<bool, StoreError> {
     let to = tx.unix_s().saturating_sub(age_s);
-    // A clock that jumped back has a mark in its future: it begins anew.
-    let from = mark(tx, name)?.filter(|from| *from <= to).unwrap_or_default();
+    // A clock that jumped back takes the mark along: what is heard by it comes behind.
+    let from = mark(tx, name)?.unwrap_or_default().min(to);
+    let oldest = "SELECT min(at) FROM samples WHERE at >= ?1 AND at < ?2";
+    let first: Option<u64> = tx.value(oldest, params![from, to])?;
+    let end = first.map_or(to, |first| to.min(first + STRETCH_S));
     let sql = "DELETE FROM samples WHERE (job, age_ms) IN ( \
            SELECT job, age_ms FROM samples old WHERE at >= ?1 AND at < ?2 AND at % 60 >= ?3 \
            AND age_ms > (SELECT min(age_ms) FROM samples WHERE job = old.job) \
            AND age_ms < (SELECT max(age_ms) FROM samples WHERE job = old.job) \
            ORDER BY at LIMIT ?4) RETURNING at";
-    let gone: Vec<u64> = tx.rows(sql, params![from, to, kept_s, limit], |row| row.get(0))?;
-    let count = gone.len() as u64;
-    let done = if count < limit.into() { Some(to) } else { gone.into_iter().max() };
-    if done != Some(from) {
-        set_mark(tx, name, done)?;
-    }
-    Ok(count)
+    let gone: Vec<u64> = tx.rows(sql, params![from, end, kept_s, limit], |row| row.get(0))?;
+    let is_whole = gone.len() < limit as usize;
+    let done = if is_whole { Some(end) } else { gone.into_iter().max() };
+    set_mark(tx, name, done)?;
+    Ok(!is_whole || end < to)
 }
 
 const COLUMNS: &str =

@@ -236,6 +236,7 @@ fn a_receipt_stays_the_same_while_samples_are_thinned() {
     }
     // A clock that was wrong for a while hides nothing from later prunings.
     clock.store(NOW + 10 * DAY_S, Relaxed);
+    broker.prune().expect("pruned");
     let last = run(100);
     clock.store(NOW + 12 * DAY_S, Relaxed);
     broker.prune().expect("pruned");
