@@ -9,8 +9,8 @@ use onde_mstrap::metal::clock::Clock;
 use onde_mstrap::metal::ram::Ram;
 use onde_mstrap::metal::{Lent, control, info_page};
 use onde_mstrap::restore::{Failed, Restore, Restored, Source, Touched};
-use onde_wire::machine::control::RESULT_OK;
 use onde_wire::bootstrap::{Report, SERVICES_VERSION, Services};
+use onde_wire::machine::control::RESULT_OK;
 use onde_wire::machine::{Identity, PAGE_SIZE};
 use onde_wire::stream::{CHUNK_MAX, Start};
 

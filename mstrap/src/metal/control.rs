@@ -2,9 +2,7 @@
 
 use super::cpu;
 use onde_wire::machine::CONTROL_START;
-use onde_wire::machine::control::{
-    REG_CHECK, REG_IDLE, REG_RESULT, REG_RESUME, REG_SLEEP_CONTROL,
-};
+use onde_wire::machine::control::{REG_CHECK, REG_IDLE, REG_RESULT, REG_RESUME, REG_SLEEP_CONTROL};
 
 /// ACPI sleep control: sleep type 5 (S5, soft off) and "do it".
 const SLEEP_S5: u8 = 5 << 2 | 1 << 5;
