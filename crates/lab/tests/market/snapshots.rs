@@ -6,8 +6,10 @@ use std::net::Ipv4Addr;
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
+use onde_client::api::SettledBy;
 use onde_client::stream::StreamWriter;
 use onde_sys::packet::PacketSocket;
+use onde_wire::cluster::TOKEN_MICRO;
 use onde_wire::stream::{Head, Kind, Start};
 
 use crate::world::{World, wait};
@@ -74,7 +76,11 @@ pub fn wakes_up_twice(world: &World) -> Result<()> {
     // What another version of the VMM wrote is refused by the VMM, before RESUME.
     fs::write(file, of_another_version(&bytes)?)?;
     world.onde_fails(["boot", "--from", file], 1, "another version of the VMM")?;
-    ensure!(world.balance()? == money, "a machine that nobody can run cost money");
+    // Its upload is paid, and nothing else.
+    let refused = world.newest_job()?;
+    ensure!(refused.settled_by == Some(SettledBy::Certificate), "{refused:?}");
+    let cost = world.cost(&refused)?;
+    ensure!(money - world.balance()? == cost && cost < 10 * TOKEN_MICRO, "{refused:?}");
     Ok(())
 }
 
