@@ -131,7 +131,12 @@ fn checks() -> Result<Vec<Figure>> {
     let told: serde_json::Value = serde_json::from_str(&text)?;
     let rate = told["boot_checks_per_s"].as_f64().context("no rate")?;
     let peer = "the paper (2006)";
-    Ok(vec![Figure::new("boot-token checks, one core", rate, "1/s", peer, PAPER_CHECKS)])
+    let memory_kib = told["memory_kib"].as_f64().context("no memory")?;
+    Ok(vec![
+        Figure::new("boot-token checks, one core", rate, "1/s", peer, PAPER_CHECKS),
+        Figure::new("processor time of a check", 1e9 / rate, "ns", peer, 1e9 / PAPER_CHECKS),
+        Figure::new("memory while checking", memory_kib, "KiB", "its packets alone", 2048.0),
+    ])
 }
 
 /// STATUS of a thousand jobs at one node: once a second by the broker and by each job's home node is 2000.
@@ -148,6 +153,13 @@ fn polls() -> Result<Vec<Figure>> {
             "1/s",
             peer,
             2000.0,
+        ),
+        Figure::new(
+            "processor time of a STATUS poll",
+            1e9 / value("status_polls_per_s")?,
+            "ns",
+            "all of a core for 2000 a second",
+            1e9 / 2000.0,
         ),
         Figure::new(
             "node's memory for 1000 jobs' records",
