@@ -104,7 +104,7 @@ pub fn run() -> Result<Vec<Figure>> {
         figures.push(Figure::new(beside_bound, of(&own, |one| one.silence_ms)?, "ms", peer, bound));
         if dirty_mib == 0 {
             let (sent, used) = (of(&own, |one| one.sent_kib)?, guest.used_kib()?);
-            let name = "bytes sent to move an idle guest, each way";
+            let name = "the same, beside its memory in use";
             figures.push(Figure::new(name, sent, "KiB", "its memory in use", used));
             let kept = guest.streams()?;
             let name = "throughput kept while a guest moves";
