@@ -188,11 +188,9 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             if pages <= enough {
                 return Ok(());
             }
-            if stuck >= PATIENCE && self.role == Role::Moved {
+            if stuck == PATIENCE && self.role == Role::Moved {
                 // A longer pause, but an end: nothing but the kernel writes any more.
-                if stuck == PATIENCE {
-                    self.sink.stopping();
-                }
+                self.sink.stopping();
                 self.machine.stop_programs().map_err(programs_run)?;
             }
             if stuck >= 2 * PATIENCE {

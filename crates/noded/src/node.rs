@@ -319,13 +319,13 @@ impl Node {
             }
             Request::Stop(_) => self.stop(now_ms, caller),
             // Overheard and sent again, or a second time because the answer was lost.
-            Request::Suspend(turn) if !record.job.take_turn(turn) => {
-                let reply = record.job.status(now_ms);
-                vec![self.reply(&caller, &Reply::Suspend(reply))]
-            }
-            Request::Wake(turn) if !record.job.take_turn(turn) => {
-                let reply = record.job.status(now_ms);
-                vec![self.reply(&caller, &Reply::Wake(reply))]
+            Request::Suspend(turn) | Request::Wake(turn) if !record.job.take_turn(turn) => {
+                let status = record.job.status(now_ms);
+                let reply = match request {
+                    Request::Suspend(_) => Reply::Suspend(status),
+                    _ => Reply::Wake(status),
+                };
+                vec![self.reply(&caller, &reply)]
             }
             Request::Suspend(_) => self.suspend(now_ms, &caller),
             Request::Wake(_) => self.wake(now_ms, &caller),

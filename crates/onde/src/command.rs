@@ -120,68 +120,23 @@ pub mod tests {
     use onde_client::api::Hex;
     use onde_client::job::Job;
     use onde_wire::machine::Stage;
-    use onde_wire::packet::{EndReason, JobStatus};
-    use std::net::Ipv4Addr;
+    use onde_wire::packet::JobStatus;
+    use serde_json::json;
 
     /// A VM in this stage, that has used nothing.
     pub fn status(stage: Stage) -> JobStatus {
-        JobStatus {
-            stage,
-            end: EndReason::None,
-            last_index: 0,
-            balance_micro: 0,
-            spent_micro: 0,
-            burn_micro_per_s: 0,
-            seconds_left: 0,
-            purge_s: 0,
-            wake_micro: 0,
-            age_ms: 0,
-            cpu_us: 0,
-            mem_mib_ms: 0,
-            sent_bytes: 0,
-            disk_mib_ms: 0,
-            has_resumed: true,
-            turn: 0,
-        }
+        JobStatus { stage, has_resumed: true, ..JobStatus::default() }
     }
 
-    /// An open job of a packed program.
+    /// An open job of a packed program, as a file has it that names no more than it must.
     pub fn job() -> Job {
-        Job {
-            id: Hex([0xA1; 16]),
-            key: Hex([1; 32]),
-            name: None,
-            title: "ls".to_owned(),
-            context: "lab".to_owned(),
-            node: 1,
-            node_ipv4: Ipv4Addr::LOCALHOST,
-            guest_ipv4: Ipv4Addr::LOCALHOST,
-            mem_mib: 256,
-            held_mib: 0,
-            vcpus: 1,
-            disk_mib: 0,
-            prices: None,
-            keep_s: 0,
-            value_micro: 1_000_000,
-            sold: 30,
-            released: 30,
-            budget: 100,
-            lent: None,
-            inherits: false,
-            opened_at: 0,
-            has_agent: true,
-            exit: None,
-            kept: false,
-            watch: None,
-            purse: 0,
-            purse_last: 0,
-            distrust: None,
-            purchase: None,
-            payments: Vec::new(),
-            renewals: Vec::new(),
-            settled: None,
-            moves: None,
-            moved_to: None,
-        }
+        let file = json!({
+            "id": Hex([0xA1; 16]), "key": Hex([1; 32]), "title": "ls", "context": "lab",
+            "node": 1, "node_ipv4": "127.0.0.1", "guest_ipv4": "127.0.0.1",
+            "mem_mib": 256, "vcpus": 1, "value_micro": 1_000_000,
+            "sold": 30, "released": 30, "budget": 100, "opened_at": 0, "has_agent": true,
+            "payments": [],
+        });
+        serde_json::from_value(file).expect("a job's file")
     }
 }

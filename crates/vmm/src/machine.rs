@@ -7,7 +7,7 @@
 //!    \-> in its file, or a template's ----------^
 //! ```
 
-mod copying;
+pub mod copying;
 mod saving;
 
 use std::fs::File;

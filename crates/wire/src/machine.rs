@@ -191,10 +191,11 @@ pub mod fds {
 }
 
 /// Stage of a VM's life as the meter shows it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Stage {
     /// Admitted; mstrap or the loader is at work.
+    #[default]
     Booting = 0,
     /// The guest runs.
     Running = 1,

@@ -421,10 +421,11 @@ pub struct Paid {
 }
 
 /// Why a VM is no longer alive.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[repr(u8)]
 pub enum EndReason {
     /// It is alive.
+    #[default]
     None = 0,
     /// The guest powered off.
     PowerOff = 1,
@@ -452,8 +453,8 @@ impl EndReason {
     }
 }
 
-/// Answer to STATUS.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// Answer to STATUS. The default is a VM that was just bought.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct JobStatus {
     /// Where the VM stands.
     pub stage: Stage,

@@ -21,19 +21,19 @@ pub fn idle(ms: u32) {
 
 /// Whether the VMM would become the machine whose state lies at `state`: a `RESULT_*`.
 pub fn check(state: &[u8]) -> u32 {
-    // SAFETY: registers of the machine contract. The VMM reads the state and changes nothing.
-    unsafe {
-        register::<u64>(REG_CHECK).write_volatile(state.as_ptr() as u64);
-        register::<u32>(REG_RESULT).read_volatile()
-    }
+    hand_in(REG_CHECK, state)
 }
 
 /// Becomes the machine whose state lies at `state`. Returns only on failure, with the VMM's reason.
 pub fn resume(state: &[u8]) -> u32 {
+    hand_in(REG_RESUME, state)
+}
+
+fn hand_in(command: u64, state: &[u8]) -> u32 {
     // SAFETY: registers of the machine contract. The VMM reads the state and either never comes back or
     // has changed nothing of this program's memory.
     unsafe {
-        register::<u64>(REG_RESUME).write_volatile(state.as_ptr() as u64);
+        register::<u64>(command).write_volatile(state.as_ptr() as u64);
         register::<u32>(REG_RESULT).read_volatile()
     }
 }

@@ -36,6 +36,8 @@ const QUIET: Habits =
 /// A machine in a vector.
 struct Fake {
     habits: Habits,
+    /// What its copy is to be.
+    role: Role,
     memory: Vec<u8>,
     free: Vec<bool>,
     dirty: BTreeSet<u64>,
@@ -52,9 +54,10 @@ struct Fake {
 }
 
 impl Fake {
-    fn new(habits: Habits) -> Self {
+    fn new(habits: Habits, role: Role) -> Self {
         let mut fake = Self {
             habits,
+            role,
             memory: vec![0; START.space.mem_bytes as usize],
             free: vec![false; PAGES as usize],
             dirty: BTreeSet::new(),
@@ -119,7 +122,8 @@ impl Fake {
     }
 
     fn freeze(&mut self, role: u32) -> u32 {
-        assert!([ROLE_FORKED, ROLE_MOVED].contains(&role));
+        let expect = if self.role == Role::Moved { ROLE_MOVED } else { ROLE_FORKED };
+        assert_eq!(role, expect);
         assert!(self.is_stopped, "a program runs in the copy");
         self.freezes += 1;
         if self.dirty.len() > self.habits.frozen_max {
@@ -185,12 +189,16 @@ impl Machine for Fake {
     }
 
     fn stop_programs(&mut self) -> io::Result<()> {
-        self.is_stopped = true;
+        // One that moves may have stopped them before FREEZE already.
+        let was_stopped = std::mem::replace(&mut self.is_stopped, true);
+        assert!(!was_stopped || self.role == Role::Moved);
         Ok(())
     }
 
     fn start_programs(&mut self) {
-        self.is_stopped = false;
+        // One that did not get to move starts them, stopped or not.
+        let was_stopped = std::mem::take(&mut self.is_stopped);
+        assert!(was_stopped || self.role == Role::Moved);
     }
 
     fn are_free(&mut self, first_page: u64, out: &mut [bool]) {
@@ -250,8 +258,14 @@ impl Sink for StreamWriter<&mut Kept> {
 pub fn copy<M: Machine>(fake: &mut M, kept: &mut Kept, role: Role) -> Result<Outcome, Failed> {
     let mut stream = StreamWriter::start(kept, &START)?;
     let outcome = take(fake, &START, &mut stream, role)?;
-    if let Outcome::Source(_, state) = &outcome {
-        stream.machine(state)?;
+    if let Outcome::Source(_, state) = &outcome
+        && let Err(error) = stream.machine(state)
+    {
+        // As whoever moves does when the copy cannot live.
+        if role == Role::Moved {
+            undo(fake);
+        }
+        return Err(error.into());
     }
     Ok(outcome)
 }
@@ -293,7 +307,7 @@ fn check(habits: Habits) -> (Fake, Kept) {
 }
 
 fn check_role(habits: Habits, role: Role) -> (Fake, Kept) {
-    let (mut fake, mut kept) = (Fake::new(habits), Kept::new(usize::MAX));
+    let (mut fake, mut kept) = (Fake::new(habits, role), Kept::new(usize::MAX));
     let outcome = copy(&mut fake, &mut kept, role).unwrap();
     let Outcome::Source(taken, _) = outcome else { panic!("{outcome:?}") };
     let (memory, state) = restore(&kept.bytes);
@@ -321,7 +335,7 @@ fn with_more_dirty_pages_than_freeze_takes_another_round_follows() {
     assert!(fake.freezes >= 1 && kept.rounds.len() >= 3);
     let endless = Habits { seed: 5, writes: 200, frozen_max: 1, ..QUIET };
     for role in [Role::Forked, Role::Moved] {
-        let mut fake = Fake::new(endless);
+        let mut fake = Fake::new(endless, role);
         let failed = copy(&mut fake, &mut Kept::new(usize::MAX), role).unwrap_err();
         assert!(matches!(&failed, Failed::Machine(text) if text.contains("faster")), "{failed:?}");
         assert!(fake.is_as_before());
@@ -331,15 +345,14 @@ fn with_more_dirty_pages_than_freeze_takes_another_round_follows() {
 #[test]
 fn whatever_fails_leaves_the_machine_as_it_was() {
     for role in [Role::Forked, Role::Moved] {
-        // All but the state, which is for the caller to send.
-        let whole = check_role(QUIET, role).1.bytes.len() - 2 * STATE.len();
+        let whole = check_role(QUIET, role).1.bytes.len();
         for room in (0..whole).step_by(4099) {
-            let mut fake = Fake::new(QUIET);
+            let mut fake = Fake::new(QUIET, role);
             let failed = copy(&mut fake, &mut Kept::new(room), role).unwrap_err();
             assert!(matches!(failed, Failed::Sink(_)), "{failed:?}");
             assert!(fake.is_as_before(), "cut at {room}");
         }
-        let mut fake = Fake::new(Habits { result: 1, ..QUIET });
+        let mut fake = Fake::new(Habits { result: 1, ..QUIET }, role);
         let failed = copy(&mut fake, &mut Kept::new(usize::MAX), role).unwrap_err();
         assert!(matches!(failed, Failed::Machine(_)), "{failed:?}");
     }
@@ -348,7 +361,7 @@ fn whatever_fails_leaves_the_machine_as_it_was() {
 #[test]
 fn the_copy_knows_itself_by_its_job() {
     let (mut fake, mut kept) =
-        (Fake::new(Habits { is_copy: true, ..QUIET }), Kept::new(usize::MAX));
+        (Fake::new(Habits { is_copy: true, ..QUIET }, Role::Forked), Kept::new(usize::MAX));
     assert_eq!(copy(&mut fake, &mut kept, Role::Forked).unwrap(), Outcome::Copy);
     assert!(fake.is_stopped, "programs run before the copy is itself");
     assert_ne!(ROLE_SOURCE, ROLE_FORKED);

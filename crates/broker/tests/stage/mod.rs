@@ -13,7 +13,7 @@ use onde_client::tls::TlsConnector;
 use onde_wire::cluster::Cluster;
 use onde_wire::key::{Key, certificate_key, node_key};
 use onde_wire::machine::Stage;
-use onde_wire::packet::{EndReason, Hello, JobStatus, Prices};
+use onde_wire::packet::{Hello, JobStatus, Prices};
 use onde_wire::token::{CERTIFICATE_SIZE, Certificate};
 use rustls::ServerConfig;
 use serde::Serialize;
@@ -138,24 +138,7 @@ pub fn hear_unbooted(broker: &Broker, now: Instant) {
 
 /// What a node says of a job that took ten tokens.
 pub fn status(stage: Stage, spent_micro: u64) -> JobStatus {
-    JobStatus {
-        stage,
-        end: EndReason::None,
-        last_index: 10,
-        balance_micro: 0,
-        spent_micro,
-        burn_micro_per_s: 0,
-        seconds_left: 0,
-        purge_s: 0,
-        wake_micro: 0,
-        age_ms: 0,
-        cpu_us: 0,
-        mem_mib_ms: 0,
-        sent_bytes: 0,
-        disk_mib_ms: 0,
-        has_resumed: true,
-        turn: 0,
-    }
+    JobStatus { stage, last_index: 10, spent_micro, has_resumed: true, ..JobStatus::default() }
 }
 
 /// The certificate that the job's node would give.

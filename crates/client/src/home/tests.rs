@@ -6,7 +6,7 @@ use crate::api::{self, Hex, Payment};
 use crate::echo::EchoError;
 use crate::job::tests::{Folder, sample};
 use onde_wire::key::Key;
-use onde_wire::packet::{EndReason, Op, Packet, Paid, Prices as PriceList, Reply, Request, Status};
+use onde_wire::packet::{Op, Packet, Paid, Prices as PriceList, Reply, Request, Status};
 use std::cell::RefCell;
 use std::cmp::Ordering;
 use std::collections::HashMap;
@@ -32,21 +32,12 @@ const FIRST: u32 = 20;
 pub(crate) fn honest(age_s: u64, cpu_s: u64, last_index: u32) -> JobStatus {
     let mut status = JobStatus {
         stage: Stage::Running,
-        end: EndReason::None,
         last_index,
-        balance_micro: 0,
-        spent_micro: 0,
-        burn_micro_per_s: 0,
-        seconds_left: 0,
-        purge_s: 0,
-        wake_micro: 0,
         age_ms: age_s * 1000,
         cpu_us: cpu_s * 1_000_000,
         mem_mib_ms: age_s * 1000 * u64::from(DEAL.mem_mib),
-        sent_bytes: 0,
-        disk_mib_ms: 0,
         has_resumed: true,
-        turn: 0,
+        ..JobStatus::default()
     };
     let paid = u64::from(last_index) * DEAL.value_micro;
     status.spent_micro = DEAL.cost_micro(&status).min(paid);

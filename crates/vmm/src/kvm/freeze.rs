@@ -71,14 +71,6 @@ impl Vcpu {
         Ok(result)
     }
 
-    /// RESUME of the full state at `address`: from here on all vCPUs are the guest's.
-    pub fn resume_full(&mut self, address: u64, machine: &Machine) -> Result<u32, Fault> {
-        match machine.full_state(address) {
-            Ok(state) => self.go_on(state, machine),
-            Err(refused) => Ok(refused),
-        }
-    }
-
     /// Makes all vCPUs the guest's, who goes on where this state was saved. Called by the first vCPU's thread.
     pub fn go_on(&mut self, state: Vec<u8>, machine: &Machine) -> Result<u32, Fault> {
         let mut source = match machine.parse_source(&state) {

@@ -15,10 +15,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use onde_wire::machine::ColdStart;
 use onde_wire::machine::control::{RESULT_INVALID, RESULT_OK, RESULT_REFUSED};
-use onde_wire::machine::{COLD_SIZE, ColdStart};
 use onde_wire::token::PaymentToken;
-use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::signal::{SIGRTMIN, clear_signal};
 
@@ -26,6 +25,7 @@ use super::registers::ResetState;
 use super::vcpu_state::MsrList;
 use crate::control::Request;
 use crate::fault::{Context, Fault, Part};
+use crate::machine::copying::Given;
 use crate::machine::{Machine, Outcome};
 use crate::noded::Leave;
 use crate::sandbox;
@@ -178,20 +178,19 @@ impl Vcpu {
 
     /// RESUME: from here on the machine is the guest's.
     fn resume(&mut self, address: u64, machine: &Machine) -> u32 {
-        let mut state = [0; COLD_SIZE];
-        let Some(view) = machine.boot_view().filter(|_| self.id == FIRST) else {
-            return RESULT_INVALID;
-        };
-        if view.read_slice(&mut state, GuestAddress(address)).is_err() {
+        if self.id != FIRST {
             return RESULT_INVALID;
         }
-        let Some(start) = ColdStart::parse(&state) else {
-            return or_end(self.resume_full(address, machine), machine);
-        };
-        if let Err(fault) = self.start_cold(&start, machine) {
-            machine.end(Outcome::Fault(fault));
+        match machine.given(address) {
+            Ok(Given::Cold(start)) => {
+                if let Err(fault) = self.start_cold(&start, machine) {
+                    machine.end(Outcome::Fault(fault));
+                }
+                RESULT_OK
+            }
+            Ok(Given::Full(state)) => or_end(self.go_on(state, machine), machine),
+            Err(refused) => refused,
         }
-        RESULT_OK
     }
 
     fn start_cold(&mut self, start: &ColdStart, machine: &Machine) -> Result<(), Fault> {

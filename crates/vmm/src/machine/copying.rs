@@ -16,10 +16,18 @@ use crate::control::Control;
 use crate::fault::Fault;
 use crate::kvm::copying::VmState;
 use crate::kvm::vcpu_state::VcpuState;
-use crate::state::{self, HEAD_SIZE, State, emit_serial, parse_serial};
+use crate::state::{self, State, emit_serial, parse_serial};
 use crate::virtio::Outgoing;
 use crate::virtio::flow::Flow;
 use crate::virtio::mmio::{self, Slot};
+
+/// A machine state, as a loader hands it in.
+pub enum Given {
+    /// Where a machine starts whose memory is all there is of it.
+    Cold(ColdStart),
+    /// The bytes of a full one.
+    Full(Vec<u8>),
+}
 
 /// A full state, checked: the machine that this one goes on from.
 pub struct Source {
@@ -102,29 +110,30 @@ impl Machine {
 
     /// CHECK: whether RESUME would take the state at `address`.
     pub fn check(&self, address: u64) -> u32 {
-        let mut cold = [0; COLD_SIZE];
-        let read = self.boot_view().map(|view| view.read_slice(&mut cold, GuestAddress(address)));
-        if !matches!(read, Some(Ok(()))) {
-            return RESULT_INVALID;
-        }
-        if ColdStart::parse(&cold).is_some() {
-            return RESULT_OK;
-        }
-        let source = self.full_state(address).and_then(|state| self.parse_source(&state));
-        source.err().unwrap_or(RESULT_OK)
+        let refused = match self.given(address) {
+            Ok(Given::Cold(_)) => None,
+            Ok(Given::Full(state)) => self.parse_source(&state).err(),
+            Err(refused) => Some(refused),
+        };
+        refused.unwrap_or(RESULT_OK)
     }
 
-    /// The bytes of the full state at `address`, before the guest runs.
-    pub fn full_state(&self, address: u64) -> Result<Vec<u8>, Refused> {
+    /// The state at `address`, before the guest runs.
+    pub fn given(&self, address: u64) -> Result<Given, Refused> {
         let view = self.boot_view().ok_or(RESULT_INVALID)?;
-        let address = GuestAddress(address);
-        let mut head = [0; HEAD_SIZE];
-        view.read_slice(&mut head, address).map_err(|_| RESULT_INVALID)?;
-        let size = state::size(&head).ok_or(RESULT_UNREADABLE)?;
+        let read = |bytes: &mut [u8]| {
+            view.read_slice(bytes, GuestAddress(address)).map_err(|_| RESULT_INVALID)
+        };
+        let mut cold = [0; COLD_SIZE];
+        read(&mut cold)?;
+        if let Some(start) = ColdStart::parse(&cold) {
+            return Ok(Given::Cold(start));
+        }
+        let size = state::size(&cold).ok_or(RESULT_UNREADABLE)?;
         assert!(size <= STATE_SIZE_MAX as usize);
-        let mut bytes = vec![0; size];
-        view.read_slice(&mut bytes, address).map_err(|_| RESULT_INVALID)?;
-        Ok(bytes)
+        let mut full = vec![0; size];
+        read(&mut full)?;
+        Ok(Given::Full(full))
     }
 
     /// Reads a full state, which must be one for this machine.

@@ -1,6 +1,7 @@
 //! A machine that `noded` has saved to a file, and one that wakes up from it. The guest has no part in either: it stands
 //! still at one instruction and goes on at the same. A template is saved before its first instruction.
 
+use std::fmt::Display;
 use std::sync::PoisonError;
 
 use onde_wire::machine::VmmEvent;
@@ -20,8 +21,12 @@ impl Machine {
     /// Saves the machine and ends it; the I/O thread calls this. False where it is being copied or resumed now: try again.
     /// A machine that cannot be saved goes on, and `noded` is told: one that is frozen, too, if nobody is patient any more.
     pub fn save_to_file(&self, is_patient: bool) -> bool {
-        if self.checkpoint().is_frozen() && is_patient {
-            return false;
+        if self.checkpoint().is_frozen() {
+            if !is_patient {
+                // A copy of it may live: nobody but its own agent finds out, and for that it has to run.
+                self.not_saved(&"nothing is known yet of the copy that it became");
+            }
+            return !is_patient;
         }
         let _turn = self.io_turn();
         let calls = (0..self.shape.vcpus).map(|_| Call::Save).collect();
@@ -33,26 +38,25 @@ impl Machine {
         self.noded.pay_done(false);
         self.arrivals.announce();
         let Some(states) = self.gathering.others() else { return true };
-        let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
-        let is_frozen = self.checkpoint().is_frozen();
-        if is_frozen && is_patient {
+        if self.checkpoint().is_frozen() {
+            // Since just now.
             self.gathering.release();
             return false;
         }
-        let saved = match is_frozen {
-            // A copy of it may live: nobody but its own agent finds out, and for that it has to run.
-            true => Err(Fault::new(Part::Saved, "nothing is known yet of the copy that it became")),
-            false => self.save_all(vcpus),
-        };
-        match saved {
+        let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
+        match self.save_all(vcpus) {
             Ok(()) => self.end(Outcome::Saved),
             Err(fault) => {
-                eprintln!("vmm: not saved: {fault}");
-                self.noded.tell(VmmEvent::NotSaved);
+                self.not_saved(&fault);
                 self.gathering.release();
             }
         }
         true
+    }
+
+    fn not_saved(&self, why: &dyn Display) {
+        eprintln!("vmm: not saved: {why}");
+        self.noded.tell(VmmEvent::NotSaved);
     }
 
     fn save_all(&self, vcpus: Vec<Vec<u8>>) -> Result<(), Fault> {
