@@ -3,14 +3,12 @@
 //! finds a move half done asks the new VM's node, and goes on from there. `migrate`, `ps` and whoever pays call it.
 
 use anyhow::Result;
-use onde_client::api::Hex;
 use onde_client::echo::{Echo, Policy};
 use onde_client::home::{Home, STEP_PERIOD};
 use onde_client::job::{JOBS_MAX, Job};
 use onde_client::migration::Word;
 use onde_client::node::NodeError;
 use onde_wire::packet::JobStatus;
-use onde_wire::token::JobId;
 use std::sync::mpsc::{Receiver, RecvTimeoutError};
 
 use crate::cluster::Cluster;
@@ -59,10 +57,13 @@ pub fn pay(
             return outcome;
         }
         // The one that the home node saw end: its file may name another by now.
-        let over = home.job().map(|job| job.id.0);
-        match over.map_err(Into::into).and_then(|over| lives_on(cluster, &over)) {
-            Ok(Some(true)) => moves += 1,
-            Ok(Some(false)) => return outcome,
+        let now = home.job().map_err(anyhow::Error::from).and_then(|over| moved_to(cluster, &over));
+        match now {
+            Ok(Some(Moved::To(now))) => {
+                moves += 1;
+                payer::tell_time_to(&now);
+            }
+            Ok(Some(Moved::Nowhere)) => return outcome,
             // Whoever takes it for dead now would end the copy.
             Ok(None) | Err(_) => {
                 if !matches!(dismissed.recv_timeout(STEP_PERIOD), Err(RecvTimeoutError::Timeout)) {
@@ -74,18 +75,29 @@ pub fn pay(
     Outcome::Dismissed
 }
 
-/// Whether the VM of a job that is over has moved and lives. `None` where a new node was to take it and has not said.
-fn lives_on(cluster: &Cluster, over: &JobId) -> Result<Option<bool>> {
+/// Where a VM is whose job is over.
+enum Moved {
+    /// It lives on as this job.
+    To(Box<Job>),
+    /// It is over, too.
+    Nowhere,
+}
+
+/// Where the VM of a job that is over is. `None` where a new node was to take it and has not said.
+fn moved_to(cluster: &Cluster, over: &Job) -> Result<Option<Moved>> {
     let mut echo = Echo::open()?;
     let jobs = cluster.jobs.list()?;
     let mut is_sure = true;
-    for new in jobs.iter().filter(|new| new.moves == Some(Hex(*over)) && new.settled.is_none()) {
+    for new in jobs.iter().filter(|new| new.moves == Some(over.id) && new.settled.is_none()) {
         let answer = new.handle().status(&mut echo, Policy::default());
         is_sure &= finish(cluster, new, &answer)?.is_some()
             || (Word::of_status(&answer).is_none() && is_settled(cluster, new)?);
     }
-    let has_moved = cluster.jobs.current(over)?.id.0 != *over;
-    Ok((has_moved || is_sure).then_some(has_moved))
+    let now = cluster.jobs.current(&over.id.0)?;
+    match now.id == over.id {
+        true => Ok(is_sure.then_some(Moved::Nowhere)),
+        false => Ok(Some(Moved::To(Box::new(now)))),
+    }
 }
 
 /// Whether the broker has settled a job whose node says nothing; then nothing is left of it, wherever it was.
@@ -100,6 +112,10 @@ pub fn moved(cluster: &Cluster, old: &Job, new: &Job) -> Result<Job> {
         // Where this was begun before, the old one's name is gone.
         job.name = old.name.clone().or(job.name.take());
         job.title = old.title.clone();
+        // Before the old one is settled: a wallet without any job ends.
+        job.kept = old.kept;
+        job.watch = old.watch.clone();
+        job.purse = old.purse;
     })?;
     cluster.jobs.update(&old.id.0, |job| {
         job.moved_to = Some(new.id);
@@ -108,10 +124,5 @@ pub fn moved(cluster: &Cluster, old: &Job, new: &Job) -> Result<Job> {
     })?;
     // A silent node is settled by the broker later; the VM lives elsewhere.
     settle::settle(cluster, old, |_| {})?;
-    cluster.jobs.reckon(&new.id.0)?;
-    Ok(cluster.jobs.update(&new.id.0, |job| {
-        job.kept = old.kept;
-        job.watch = old.watch.clone();
-        job.purse = old.purse;
-    })?)
+    Ok(cluster.jobs.reckon(&new.id.0)?)
 }

@@ -74,7 +74,7 @@ pub fn run(
                 && stage.is_alive()
                 && let Ok(job) = home.job()
             {
-                wakes_up(&job);
+                tell_time_to(&job);
             }
         }
         if let Some(outcome) = mood.judge(step, report) {
@@ -185,8 +185,8 @@ fn deliver(job: &Job, purse: Purse) -> io::Result<u32> {
     Ok(last)
 }
 
-/// A guest that was on disk has a clock that stood still. One whose clock is wrong goes on all the same.
-fn wakes_up(job: &Job) {
+/// A guest that was on disk or moved has a clock that stood still. One whose clock is wrong goes on all the same.
+pub fn tell_time_to(job: &Job) {
     let (handle, guest) = (job.handle(), job.guest_ipv4);
     if job.has_agent {
         std::thread::spawn(move || {

@@ -311,6 +311,9 @@ pub fn by_itself_and_drained(world: &World) -> Result<()> {
         ensure!(whereabouts(world, name)?.0 == 1, "{name} is still there");
     }
     witness.only_one(world)?;
+    // The wallet, which nothing else keeps from ending, has taken up what it pays for from now on.
+    let other = world.jobs()?.find("other")?;
+    ensure!(world.jobs()?.wallet(&other.context)?.is_none(), "nobody pays for {}", other.id);
     world.onde(["stop", "other"])?;
     witness.end(world)
 }
