@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
 use std::net::TcpListener;
+use std::process::Stdio;
 
 use anyhow::{Context, Result, ensure};
 use onde_wire::machine::fits_mib;
@@ -136,5 +137,56 @@ pub fn without_room(world: &World) -> Result<()> {
     for job in [job, "parent", "large"] {
         world.onde(["stop", job])?;
     }
+    Ok(())
+}
+
+/// Fills memory with what does not pack, so that a copy takes a minute and more, and then says so.
+const FILL: &str = "/bin/head -c 120M /dev/urandom > /dev/shm/noise; echo full; sleep 600";
+/// Tokens for a VM that boots, is filled, and runs dry in the first minute of a copy.
+const DRY: &str = "18";
+
+/// The machine that is copied runs dry meanwhile: it goes to disk as any other, its copy is given back and said to have
+/// failed, and it goes on once it is paid.
+pub fn source_dry(world: &World) -> Result<()> {
+    let money = world.balance()?;
+    let order = ["run", "-d", "--name", "parent", "--memory", "320", "--node", "1"];
+    let paid = ["--tokens", DRY, "--budget", DRY];
+    let files = ["--file", "/usr/bin/sleep", "--file", "/usr/bin/head:/bin/head"];
+    let program = ["--", "/bin/sh", "-c", FILL];
+    world.onde([&order[..], &paid, &files, &program].concat())?;
+    wait("the guest to be full", || Ok(world.onde(["logs", "parent"])?.contains("full")))?;
+
+    let mut command =
+        world.command(["fork", "parent", "--nodes", "2", "--tokens", "60", "--json"])?;
+    let mut copying = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let stage = || -> Result<Value> {
+        Ok(serde_json::from_str::<Value>(&world.onde(["status", "parent", "--json"])?)?["stage"]
+            .take())
+    };
+    wait("the source to be asleep", || {
+        ensure!(copying.try_wait()?.is_none(), "the copy was over before its source ran dry");
+        Ok(stage()? == "suspended")
+    })?;
+    let done = copying.wait_with_output()?;
+    let told: Value = serde_json::from_slice(&done.stdout)?;
+    let failed = list(&told, "failed");
+    ensure!(
+        !done.status.success() && list(&told, "made").is_empty() && failed.len() == 1,
+        "{told}"
+    );
+    let why = failed[0]["why"].as_str().unwrap_or_default();
+    ensure!(why.contains("ran out of tokens"), "{why:?}");
+    let settled = || Ok(world.newest_job()?.settled_by.is_some());
+    wait("the copy's job to be settled", settled)?;
+    let copy = world.newest_job()?;
+    ensure!(copy.refund_micro > 0, "nothing of the copy came back: {copy:?}");
+
+    world.onde(["pay", "parent", "60"])?;
+    wait("the source to be awake", || Ok(stage()? == "running"))?;
+    world.onde(["exec", "parent", "--", "/usr/bin/sleep", "0"])?;
+    world.onde(["stop", "parent"])?;
+    let newest = world.broker.jobs(false, 2)?.jobs;
+    let cost = newest.iter().map(|job| world.cost(job)).sum::<Result<u64>>()?;
+    ensure!(money - world.balance()? == cost, "the books do not balance");
     Ok(())
 }

@@ -10,12 +10,13 @@ use anyhow::{Context, Result};
 use onde_client::api::{Hex, JobRequest, NodeChoice};
 use onde_client::bootstrap;
 use onde_client::broker::new_key;
-use onde_client::echo::Echo;
+use onde_client::echo::{Echo, Policy};
 use onde_client::fork::{self, ticket};
 use onde_client::home::{Home, STEP_PERIOD};
 use onde_client::job::Job;
 use onde_client::snapshot::tell_time;
 use onde_wire::key::sha256;
+use onde_wire::machine::Stage;
 use onde_wire::session::{Taken, Ticket};
 use serde::Serialize;
 use std::collections::HashMap;
@@ -151,6 +152,19 @@ fn summary(told: &Told) -> String {
     )
 }
 
+/// Why a VM that is on its node's disk makes no others.
+fn asleep(parent: &Job) -> Option<String> {
+    let status = parent.handle().status(&mut Echo::open().ok()?, Policy::default()).ok()?;
+    let id = parent.short_id();
+    match status.wake_micro {
+        _ if status.stage != Stage::Suspended => None,
+        0 => Some(format!("job {id} is on its node's disk; onde resume {id} wakes it up")),
+        _ => Some(format!(
+            "job {id} ran out of tokens and is on its node's disk; onde pay {id} N wakes it up"
+        )),
+    }
+}
+
 fn lock<T>(lock: &Mutex<T>) -> MutexGuard<'_, T> {
     lock.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -251,18 +265,24 @@ impl Family {
 
     /// Has the agent of `parent` fill these VMs; what went wrong with each.
     fn fill(&self, parent: &Job, children: &[Child]) -> Vec<Option<String>> {
+        let id = parent.short_id();
         let channel = match bootstrap::connect(&parent.handle(), parent.guest_ipv4, PATIENCE) {
             Ok(channel) => channel,
             Err(error) => {
-                let why =
-                    format!("the agent of job {} does not answer: {error}", parent.short_id());
+                let why = asleep(parent)
+                    .unwrap_or_else(|| format!("the agent of job {id} does not answer: {error}"));
                 return vec![Some(why); children.len()];
             }
         };
         let tickets: Vec<_> = children.iter().map(|child| child.ticket.clone()).collect();
-        let forked = fork::fork(channel, &tickets, |_| {});
+        let mut forked = fork::fork(channel, &tickets, |_| {});
         if parent.id == self.source.id {
             self.books().taken = forked.taken;
+        }
+        if forked.faults.iter().any(Option::is_some)
+            && let Some(why) = asleep(parent)
+        {
+            forked.faults.iter_mut().flatten().for_each(|fault| fault.clone_from(&why));
         }
         forked.faults
     }
