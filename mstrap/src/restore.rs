@@ -33,15 +33,6 @@ impl From<StreamError> for Failed {
     }
 }
 
-/// What a whole stream was.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Restored {
-    /// Bytes of machine state, at the front of the buffer given for it.
-    pub state_size: usize,
-    /// Bytes of the stream before END.
-    pub stream_bytes: u64,
-}
-
 /// The memory that has been written, so that a run of zeros over memory never touched costs nothing:
 /// booting a large VM is mostly that. One bit for each block.
 pub struct Touched {
@@ -103,21 +94,21 @@ pub struct Restore<'a, S, M> {
 
 impl<S: Source, M: Memory> Restore<'_, S, M> {
     /// Takes in a whole stream, which must be for `expect`. Only `Ok` means that the machine may run:
-    /// every byte was there and the digest agreed. After an error RAM holds whatever came so far.
-    pub fn run(&mut self, expect: Start) -> Result<Restored, Failed> {
+    /// every byte was there and the digest agreed. Returns the bytes of machine state, at the front of the buffer given for
+    /// it. After an error RAM holds whatever came so far.
+    pub fn run(&mut self, expect: Start) -> Result<usize, Failed> {
         let mut checker = Checker::new(expect);
-        let mut restored = Restored::default();
+        let mut state_size = 0;
         while !checker.is_done() {
             let mut head = [0; HEAD_SIZE];
             self.source.recv(&mut head)?;
             let head = checker.head(&head)?;
             self.record(&mut checker, &head)?;
             if head.kind == Kind::Machine {
-                restored.state_size = head.payload_size as usize;
+                state_size = head.payload_size as usize;
             }
-            restored.stream_bytes += HEAD_SIZE as u64 + u64::from(head.payload_size);
         }
-        Ok(restored)
+        Ok(state_size)
     }
 
     fn record(&mut self, checker: &mut Checker, head: &Head) -> Result<(), Failed> {

@@ -39,6 +39,11 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
 /// noise that does not pack: it costs more time frozen than it saves before.
 const NEARLY: u64 = 1024;
 const IN_FLIGHT: usize = 32 << 10;
+/// While there is more to send than that, the machine's programs come first: with so much less weight (sched(7), a step is a
+/// factor of 1.25) the stream takes a sixth of a processor that they want, too.
+const YIELDING: i32 = 7;
+/// Frozen, all others wait for the end of the stream, and nobody hears of what they do meanwhile.
+const HURRYING: i32 = -20;
 /// Between two words on how far a round is.
 const PROGRESS: Duration = Duration::from_millis(250);
 /// When the copy announces itself again: an announcement that got lost must not cost a connection its life.
@@ -66,6 +71,7 @@ pub fn run(
         let start = target.start(copying.shape());
         let stream = StreamWriter::start(vm.writer(), &start)?;
         let mut road = Road::new(client, stream);
+        take_turns(YIELDING);
         match copying.take_to_move(&mut road)? {
             Outcome::Copy => Ok(None),
             Outcome::Source(_, state) => Ok(Some(road.end(&state))),
@@ -77,6 +83,10 @@ pub fn run(
             Ok(announcer)
         }
         Ok(Some(ended)) => {
+            // What they do from here on nobody hears of, unless the copy does not live.
+            if let Err(error) = copying.machine().stop_programs() {
+                eprintln!("onde-agent: programs run on: {error}");
+            }
             let Some(why) = judge.settle(ended, &mut vm) else {
                 copying.machine().command(REG_COMMIT, 1);
                 // The machine ends here; whatever became of that, it never goes on.
@@ -85,20 +95,26 @@ pub fn run(
                 }
             };
             snapshot::undo(copying.machine());
-            thaw_neighbours();
+            calm_down();
             Err(Failed::Machine(why))
         }
         Err(failed) => {
-            thaw_neighbours();
+            calm_down();
             Err(explain(vm, failed))
         }
     }
 }
 
-/// The freezing is over: neighbours are asked as usual.
-fn thaw_neighbours() {
+/// The move is over: neighbours are asked as usual, and this thread is one of many.
+fn calm_down() {
     // A kernel that took the other value takes this one.
     let _ = network::hold_neighbours(false);
+    take_turns(0);
+}
+
+/// How much of a processor this thread gets that others want, too. Where that cannot be said, a move takes what it takes.
+fn take_turns(nice: i32) {
+    let _ = rustix::process::setpriority_process(None, nice);
 }
 
 /// Why the stream broke, by the loader's own words where it left some.
@@ -169,6 +185,7 @@ impl Sink for Road<'_> {
         self.pages_left = round.pages;
         if round.pages <= NEARLY {
             self.stream.out().set_in_flight(IN_FLIGHT)?;
+            take_turns(0);
         }
         self.tell(&AgentFrame::Round(round));
         Ok(())
@@ -186,10 +203,12 @@ impl Sink for Road<'_> {
     }
 
     fn stopping(&mut self) {
+        take_turns(0);
         self.tell(&AgentFrame::Stopped);
     }
 
     fn freezing(&mut self) {
+        take_turns(HURRYING);
         // The client's measure of the pause begins here.
         let bytes = self.stream.sent();
         self.tell(&AgentFrame::Sent { pages_left: self.pages_left, bytes });
@@ -303,6 +322,7 @@ fn arrive(guest: &Guest, machine: &mut impl Machine, announcer: &Announcer) -> R
     if let Err(error) = announcer.announce() {
         eprintln!("onde-agent: cannot announce this machine: {error}");
     }
+    take_turns(0);
     // Tokens of the old job's chain buy nothing here.
     guest.pocket.empty();
     machine.start_programs();
@@ -327,7 +347,7 @@ fn announce_again(announcer: Announcer) {
 
 /// What else there is to do in a machine that moved, once its client knows.
 pub fn settle_in(guest: &Guest, announcer: Announcer) {
-    thaw_neighbours();
+    calm_down();
     announce_again(announcer);
     if let Ok(identity) = crate::guest::identity() {
         println!("onde-agent: moved to job {}", hex(&identity));

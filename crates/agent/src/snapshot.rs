@@ -52,7 +52,7 @@ pub trait Sink {
 pub enum Outcome {
     /// In the one that was copied; all memory is sent, and this state is the rest.
     Source(Taken, Vec<u8>),
-    /// In the copy, whose programs stand still.
+    /// In the copy. The programs of one that was forked stand still.
     Copy,
 }
 
@@ -84,7 +84,7 @@ fn programs_run(error: io::Error) -> Failed {
 pub enum Role {
     /// Another machine: this one goes on at once.
     Forked,
-    /// This machine: it stays frozen and its programs stopped, until [`undo`] or COMMIT.
+    /// This machine: it stays frozen, until [`undo`] or COMMIT. Its programs go on in both, and only the copy's are heard.
     Moved,
 }
 
@@ -226,8 +226,7 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         Ok(count)
     }
 
-    /// Stops the machine for an instant, and sends what is left of it. Its programs are stopped before, so that none of
-    /// them runs in the copy until the copy lets it.
+    /// Stops the machine for an instant, and sends what is left of it.
     fn freeze(&mut self) -> Result<Outcome, Failed> {
         // Mapped now, and not while the network stands still.
         self.machine.read(FROZEN_START, &mut [0; 8]).map_err(machine_failed)?;
@@ -235,9 +234,13 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             self.sink.freezing();
             self.buffer.fill(0);
             let begun = Instant::now();
-            self.machine.stop_programs().map_err(programs_run)?;
             let role = match self.role {
-                Role::Forked => ROLE_FORKED,
+                Role::Forked => {
+                    // None of them runs in the copy until the copy is somebody else and lets it.
+                    self.machine.stop_programs().map_err(programs_run)?;
+                    ROLE_FORKED
+                }
+                // The copy is this machine: whatever runs goes on there, at once.
                 Role::Moved => ROLE_MOVED,
             };
             let result = self.machine.command(REG_FREEZE, role);

@@ -36,9 +36,9 @@ use onde_wire::machine::Stage;
 use onde_wire::packet::{JobStatus, Status};
 use onde_wire::token::CERTIFICATE_SIZE;
 
-/// Time between two questions: what the source's node pays for in processor time, and what the end of a migration
-/// waits for at most.
-pub const ASK_PERIOD_MS: u64 = 50;
+/// Time to the first question and between two: each costs the copy's node time in which the copy could wake up, and the end of
+/// a migration waits so long at most.
+pub const ASK_PERIOD_MS: u64 = 100;
 /// Time that a copy has from the last byte of its stream to its first instruction: far more than a busy emulated node
 /// needs. Then it is stopped, if it did not resume.
 pub const PATIENCE_MS: u64 = 10_000;
@@ -144,7 +144,7 @@ impl Source {
             (Source::Over(act), _) => Source::Over(act),
             (Source::Sending, Event::Failed | Event::Broken) => Source::Over(Act::Abort),
             (Source::Sending, Event::Given) => {
-                Source::Asking { until_ms: now_ms + PATIENCE_MS, next_ms: now_ms }
+                Source::Asking { until_ms: now_ms + PATIENCE_MS, next_ms: now_ms + ASK_PERIOD_MS }
             }
             (Source::Sending, _) => Source::Sending,
             (_, Event::Heard(Word::Lived)) => Source::Over(Act::Commit),
@@ -192,28 +192,30 @@ mod tests {
 
     #[test]
     fn whatever_fails_before_the_last_byte_is_undone_at_once() {
-        check(&[(0, Tick, Wait(50)), (5, Failed, Abort), (6, Heard(Word::Lived), Abort)]);
+        check(&[(0, Tick, Wait(100)), (5, Failed, Abort), (6, Heard(Word::Lived), Abort)]);
         check(&[(0, Broken, Abort)]);
     }
 
     #[test]
     fn the_judge_alone_decides_afterwards() {
-        check(&[(0, Given, Ask), (1, Heard(Word::Booting), Wait(50)), (50, Tick, Ask)]);
-        check(&[(0, Given, Ask), (9, Heard(Word::Lived), Commit), (10, Broken, Commit)]);
-        check(&[(0, Given, Ask), (9, Heard(Word::Never), Abort), (10, Tick, Abort)]);
-        check(&[(0, Given, Ask), (7, Failed, Wait(50)), (8, Broken, Stop), (9, Tick, Wait(58))]);
+        check(&[(0, Given, Wait(100)), (100, Tick, Ask), (110, Heard(Word::Booting), Wait(200))]);
+        check(&[(0, Given, Wait(100)), (100, Tick, Ask), (109, Heard(Word::Lived), Commit)]);
+        check(&[(9, Heard(Word::Lived), Wait(109)), (10, Given, Wait(110)), (11, Broken, Stop)]);
+        check(&[(0, Given, Wait(100)), (9, Heard(Word::Lived), Commit), (10, Broken, Commit)]);
+        check(&[(0, Given, Wait(100)), (9, Heard(Word::Never), Abort), (10, Tick, Abort)]);
+        check(&[(0, Given, Wait(100)), (8, Broken, Stop), (9, Tick, Wait(108))]);
     }
 
     #[test]
     fn a_silent_judge_is_asked_for_ever() {
         let late = PATIENCE_MS;
         check(&[
-            (0, Given, Ask),
+            (0, Given, Wait(100)),
             (late - 1, Tick, Ask),
             (late, Tick, Stop),
             (late + 3_600_000, Tick, Stop),
             // An answer from before STOP arrived says nothing.
-            (late + 3_600_001, Heard(Word::Booting), Wait(late + 3_600_050)),
+            (late + 3_600_001, Heard(Word::Booting), Wait(late + 3_600_100)),
             (late + 3_600_002, Heard(Word::Never), Abort),
         ]);
     }

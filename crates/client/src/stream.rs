@@ -132,10 +132,9 @@ impl<W: Write> StreamWriter<W> {
         self.end()
     }
 
-    /// Writes the machine state, and flushes. Nobody makes a machine of it before [`Self::end`].
+    /// Writes the machine state. Nobody makes a machine of it before [`Self::end`].
     pub fn state(&mut self, state: &[u8]) -> io::Result<()> {
-        self.put(&plain(Kind::Machine, state.to_vec()))?;
-        self.out.flush()
+        self.put(&plain(Kind::Machine, state.to_vec()))
     }
 
     /// Writes the digest behind the machine state, and flushes. Returns as [`Self::machine`].

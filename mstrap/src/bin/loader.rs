@@ -5,10 +5,9 @@
 
 use core::fmt::{self, Write};
 use core::panic::PanicInfo;
-use onde_mstrap::metal::clock::Clock;
 use onde_mstrap::metal::ram::Ram;
 use onde_mstrap::metal::{Lent, control, info_page};
-use onde_mstrap::restore::{Failed, Restore, Restored, Source, Touched};
+use onde_mstrap::restore::{Failed, Restore, Source, Touched};
 use onde_wire::bootstrap::{Report, SERVICES_VERSION, Services};
 use onde_wire::machine::control::RESULT_OK;
 use onde_wire::machine::{Identity, PAGE_SIZE};
@@ -42,11 +41,10 @@ extern "C" fn start(services: &Services) -> i32 {
 
 fn load(services: &Services) -> Result<(), Failed> {
     let identity = Identity::parse(info_page()).ok_or(Failed::Connection)?;
-    let clock = Clock::start(identity.tsc_khz).ok_or(Failed::Connection)?;
     let state = state_area(services);
     // SAFETY: this program, its stack and its data lie in BOOT.
     let mut ram = unsafe { Ram::new(BOUNCE.take()) };
-    let restored = Restore {
+    let state_size = Restore {
         source: &mut Channel(services),
         memory: &mut ram,
         touched: TOUCHED.take(),
@@ -55,9 +53,6 @@ fn load(services: &Services) -> Result<(), Failed> {
     }
     .run(Start { job: identity.job, space: identity.space, vcpus: identity.vcpus })?;
 
-    let Restored { state_size, stream_bytes } = restored;
-    let ms = clock.now().total_millis();
-    say(services, format_args!("loader: stream ok, {} MiB in {ms} ms\n", stream_bytes >> 20));
     let state = &state[..state_size];
     let mut result = control::check(state);
     if result == RESULT_OK {
