@@ -99,8 +99,16 @@ pub fn take<M: Machine>(
         RESULT_OK => {}
         result => return Err(refused("track its memory", result)),
     }
-    let mut copy =
-        Copy { machine, sink, start, role, buffer: Vec::new(), round: 0, is_frozen: false };
+    let mut copy = Copy {
+        machine,
+        sink,
+        start,
+        role,
+        buffer: Vec::new(),
+        round: 0,
+        stopped: None,
+        is_frozen: false,
+    };
     let result = copy.all().and_then(|()| copy.until_few()).and_then(|()| copy.freeze());
     match (copy.is_frozen, &result) {
         (true, Ok(_)) => {}
@@ -108,8 +116,8 @@ pub fn take<M: Machine>(
         // Nothing to be done about a machine that refuses this.
         (false, _) => {
             copy.machine.command(REG_TRACK, 0);
-            if role == Role::Moved && result.is_err() {
-                copy.machine.start_programs();
+            if result.is_err() {
+                copy.start_programs();
             }
         }
     }
@@ -136,6 +144,8 @@ struct Copy<'a, M, S> {
     role: Role,
     buffer: Vec<u8>,
     round: u32,
+    /// Since when its programs stand still.
+    stopped: Option<Instant>,
     /// Whether this machine stays frozen.
     is_frozen: bool,
 }
@@ -188,16 +198,30 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             if pages <= enough {
                 return Ok(());
             }
-            if stuck == PATIENCE && self.role == Role::Moved {
+            if stuck == PATIENCE {
                 // A longer pause, but an end: nothing but the kernel writes any more.
-                self.sink.stopping();
-                self.machine.stop_programs().map_err(programs_run)?;
+                self.stop_programs()?;
             }
             if stuck >= 2 * PATIENCE {
                 break;
             }
         }
         Err(self.too_busy(least))
+    }
+
+    fn stop_programs(&mut self) -> Result<(), Failed> {
+        if self.stopped.is_none() {
+            self.sink.stopping();
+            self.stopped = Some(Instant::now());
+            self.machine.stop_programs().map_err(programs_run)?;
+        }
+        Ok(())
+    }
+
+    fn start_programs(&mut self) {
+        if self.stopped.take().is_some() {
+            self.machine.start_programs();
+        }
     }
 
     fn too_busy(&self, pages: u64) -> Failed {
@@ -233,24 +257,24 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         while self.round < ROUNDS_MAX {
             self.sink.freezing();
             self.buffer.fill(0);
-            let begun = Instant::now();
             let role = match self.role {
                 Role::Forked => {
                     // None of them runs in the copy until the copy is somebody else and lets it.
-                    self.machine.stop_programs().map_err(programs_run)?;
+                    self.stop_programs()?;
                     ROLE_FORKED
                 }
                 // The copy is this machine: whatever runs goes on there, at once.
                 Role::Moved => ROLE_MOVED,
             };
+            let begun = self.stopped.unwrap_or_else(Instant::now);
             let result = self.machine.command(REG_FREEZE, role);
             // A copy of a copy has its source's role too; only the job tells them apart.
             let identity = self.machine.identity().map_err(machine_failed);
             if identity.as_ref().is_ok_and(|identity| identity.job != self.start.job) {
                 return Ok(Outcome::Copy);
             }
-            if self.role == Role::Forked || result != RESULT_OK {
-                self.machine.start_programs();
+            if self.role == Role::Forked && result == RESULT_OK {
+                self.start_programs();
             }
             let pause_us = begun.elapsed().as_micros() as u64;
             match result {
@@ -263,7 +287,10 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
                     identity?;
                     return self.finish(saved?, pause_us);
                 }
-                RESULT_TOO_MANY => drop(self.again()?),
+                RESULT_TOO_MANY => {
+                    self.stop_programs()?;
+                    self.again()?;
+                }
                 result => return Err(refused("freeze", result)),
             }
         }

@@ -2,8 +2,9 @@
 
 use std::collections::HashSet;
 use std::io::{BufRead, BufReader, Write};
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::process::Stdio;
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use onde_wire::machine::fits_mib;
@@ -189,4 +190,41 @@ pub fn source_dry(world: &World) -> Result<()> {
     let cost = newest.iter().map(|job| world.cost(job)).sum::<Result<u64>>()?;
     ensure!(money - world.balance()? == cost, "the books do not balance");
     Ok(())
+}
+
+/// What a program keeps writing to, MiB: three times what a machine is frozen with at most.
+const HOT_MIB: &str = "48";
+/// Where the program answers.
+const ECHO_PORT: u16 = 7007;
+
+/// A program that writes faster than it can be copied is stopped for the end of it: its VM moves, and makes others.
+pub fn hot_writer(world: &World) -> Result<()> {
+    let order = ["run", "-d", "--name", "hot", "--memory", "192", "--node", "1", "--tokens", "60"];
+    let program = ["--", env!("CARGO_BIN_EXE_bench-guest"), "echo", HOT_MIB];
+    world.onde([&order[..], &program].concat())?;
+    // Wherever it moves, it keeps its address.
+    let guest = world.jobs()?.find("hot")?.guest_ipv4;
+    answers(guest)?;
+    world.onde(["migrate", "hot", "2"])?;
+    answers(guest)?;
+    let (is_done, told) = fork(world, &["hot", "--nodes", "1", "--tokens", "60"])?;
+    let [made] = list(&told, "made") else { anyhow::bail!("{told}") };
+    ensure!(is_done, "{told}");
+    answers(guest)?;
+    answers(made["guest"].as_str().context("no address")?.parse()?)?;
+    for job in ["hot", made["job"].as_str().context("no job")?] {
+        world.onde(["stop", job])?;
+    }
+    Ok(())
+}
+
+/// Waits until the program at `guest` answers.
+fn answers(guest: Ipv4Addr) -> Result<()> {
+    let socket = UdpSocket::bind("198.18.255.1:0")?;
+    socket.set_read_timeout(Some(Duration::from_secs(1)))?;
+    wait("the program to answer", || {
+        // A guest that is not there yet is asked again.
+        let sent = socket.send_to(b"?", (guest, ECHO_PORT));
+        Ok(sent.and_then(|_| socket.recv(&mut [0; 64])).is_ok())
+    })
 }

@@ -25,7 +25,7 @@ use world::World;
 
 type Case = (&'static str, fn(&World) -> Result<()>);
 
-const CASES: [Case; 38] = [
+const CASES: [Case; 39] = [
     ("program_gives_the_same_bytes_as_at_home", programs::same_bytes),
     ("input_errors_and_exit_status_carry_through", programs::pipes_and_status),
     ("detached_program_is_found_again", programs::detached),
@@ -36,6 +36,7 @@ const CASES: [Case; 38] = [
     ("forks_are_themselves", forks::are_themselves),
     ("fork_without_room_harms_no_other", forks::without_room),
     ("fork_of_a_vm_that_runs_dry_fails_in_words", forks::source_dry),
+    ("hot_writer_moves_and_is_forked", forks::hot_writer),
     ("suspended_by_hand_goes_on_and_gives_change", descent::by_hand),
     ("dry_job_sleeps_is_paid_and_goes_on", descent::dry_then_paid),
     ("dry_job_is_purged_when_it_was_said", descent::purged_in_time),
