@@ -204,7 +204,7 @@ fn one_node() -> Result<Vec<Figure>> {
         privates.push(*told.last().context("the node tells no vmm's memory")?);
         bench.stop(&vm)?;
     }
-    bench.lab.down()?;
+    bench.down()?;
     let peer = "QEMU microvm, same node";
     Ok(vec![
         Figure::new("BOOT sent to user space", median(boots)?, "ms", peer, qemu_boot),
@@ -231,7 +231,7 @@ fn two_nodes() -> Result<Vec<Figure>> {
             bench.stop(&vm?.1)?;
         }
     }
-    bench.lab.down()?;
+    bench.down()?;
     let (alone, together) = (median(alone)?, median(together)?);
     let name = "bootstrap of all (2) nodes at once";
     Ok(vec![Figure::new(name, together, "ms", "one node alone", alone)])
@@ -282,6 +282,12 @@ impl Bench {
         let (vmlinux, initrd) = (fs::read(kernel.vmlinux)?, guest_image()?);
         let layout = layout::cold(&vmlinux, &initrd, CMDLINE, u64::from(GUEST_MIB) << 20)?;
         Ok(Self { lab, broker, account, loader, layout, dir })
+    }
+
+    /// Takes the lab down and removes all files.
+    fn down(self) -> Result<()> {
+        self.lab.down()?;
+        Ok(fs::remove_dir_all(self.dir)?)
     }
 
     /// Buys and boots a VM; how long it took from the BOOT packet to the guest's first line.

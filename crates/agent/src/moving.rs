@@ -39,8 +39,8 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
 /// noise that does not pack: it costs more time frozen than it saves before.
 const NEARLY: u64 = 1024;
 const IN_FLIGHT: usize = 32 << 10;
-/// While there is more to send than that, the machine's programs come first: with so much less weight (sched(7), a step is a
-/// factor of 1.25) the stream takes a sixth of a processor that they want, too.
+/// The first round is most of the work and no race, since what is written meanwhile is sent again anyway: the machine's programs
+/// come first. With so much less weight (sched(7), a step is a factor of 1.25) it takes a sixth of a processor that they want, too.
 const YIELDING: i32 = 7;
 /// Frozen, all others wait for the end of the stream, and nobody hears of what they do meanwhile.
 const HURRYING: i32 = -20;
@@ -71,7 +71,6 @@ pub fn run(
         let start = target.start(copying.shape());
         let stream = StreamWriter::start(vm.writer(), &start)?;
         let mut road = Road::new(client, stream);
-        take_turns(YIELDING);
         match copying.take_to_move(&mut road)? {
             Outcome::Copy => Ok(None),
             Outcome::Source(_, state) => Ok(Some(road.end(&state))),
@@ -185,7 +184,11 @@ impl Sink for Road<'_> {
         self.pages_left = round.pages;
         if round.pages <= NEARLY {
             self.stream.out().set_in_flight(IN_FLIGHT)?;
-            take_turns(0);
+        }
+        match round.number {
+            0 => take_turns(YIELDING),
+            1 => take_turns(0),
+            _ => {}
         }
         self.tell(&AgentFrame::Round(round));
         Ok(())
@@ -203,7 +206,6 @@ impl Sink for Road<'_> {
     }
 
     fn stopping(&mut self) {
-        take_turns(0);
         self.tell(&AgentFrame::Stopped);
     }
 

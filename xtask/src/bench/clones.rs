@@ -56,7 +56,7 @@ pub fn run() -> Result<Vec<Figure>> {
     std::thread::sleep(SETTLE);
     let held = numbers(&bench.lab.console(1)?, "bench: groups", "median_kib=");
     let held = *held.last().context("the node tells no groups' memory")?;
-    bench.lab.down()?;
+    bench.down()?;
     let (peer, cold) = ("cold boot, same guest", median(colds)?);
     let per_second = f64::from(alive) / took.as_secs_f64();
     let whole_kib = f64::from(GUEST_MIB) * 1024.0;

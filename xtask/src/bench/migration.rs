@@ -175,6 +175,8 @@ fn qemu_streams() -> Result<f64> {
 
 /// What a guest sends while `act` moves it, percent of what it sent before.
 fn stream(guest: Ipv4Addr, act: impl FnOnce() -> Result<()>) -> Result<f64> {
+    // One that just moved may not be found yet.
+    wait_for(guest)?;
     let mut stream = TcpStream::connect((guest, STREAM_PORT))?;
     let own = stream.try_clone()?;
     let heard = Arc::new(AtomicU64::new(0));
