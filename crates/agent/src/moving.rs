@@ -4,7 +4,7 @@
 //!
 //! ```text
 //!   source: BOOT, loader, rounds | FREEZE, rest, END | asks the judge  -> COMMIT or ABORT
-//!   copy:                                            | announces itself, new key, programs, hooks
+//!   copy:                                            | programs run; announces itself, new key, hooks
 //! ```
 
 use onde_client::bootstrap::{self, Vacant};
@@ -28,16 +28,15 @@ use crate::hooks;
 use crate::machine::Machine;
 use crate::network::{self, Announcer};
 use crate::session::Guest;
-use crate::snapshot::{self, Failed, Outcome, Sink};
+use crate::snapshot::{self, FEW, Failed, Outcome, Sink};
 use crate::target::{self, Target};
 
 /// One question to the judge: it is asked again anyway.
 const QUESTION: Policy = Policy { tries: 1, first: Duration::from_millis(200) };
 /// A client that takes no word for so long hears no more.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
-/// A round of so few pages may be the last one before FREEZE. What is under way then was written by the kernel, and is
-/// noise that does not pack: it costs more time frozen than it saves before.
-const NEARLY: u64 = 1024;
+/// Bytes under way in a round that may be the last one before FREEZE. They were written by the kernel, and are noise that does
+/// not pack: they cost more time frozen than they save before.
 const IN_FLIGHT: usize = 32 << 10;
 /// The first round is most of the work and no race, since what is written meanwhile is sent again anyway: the machine's programs
 /// come first. With so much less weight (sched(7), a step is a factor of 1.25) it takes a sixth of a processor that they want, too.
@@ -182,7 +181,7 @@ impl<'a> Road<'a> {
 impl Sink for Road<'_> {
     fn round(&mut self, round: Round) -> io::Result<()> {
         self.pages_left = round.pages;
-        if round.pages <= NEARLY {
+        if round.pages <= FEW {
             self.stream.out().set_in_flight(IN_FLIGHT)?;
         }
         match round.number {
@@ -327,6 +326,7 @@ fn arrive(guest: &Guest, machine: &mut impl Machine, announcer: &Announcer) -> R
     take_turns(0);
     // Tokens of the old job's chain buy nothing here.
     guest.pocket.empty();
+    // Those that wrote faster than could be copied; all others run already.
     machine.start_programs();
     guest.door.move_to(identity.job, &identity.job_key);
     Ok(())

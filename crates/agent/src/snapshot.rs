@@ -25,8 +25,8 @@ use crate::machine::Machine;
 
 /// So few pages that another round would hardly make them fewer: the copying itself writes some.
 const FEWEST: u64 = 64;
-/// Few enough pages to stand still for where another round does not make them fewer.
-const FEW: u64 = 1024;
+/// Few enough pages to stand still for where another round does not make them fewer: such a round may be the last one.
+pub const FEW: u64 = 1024;
 /// Pages that are frozen if rounds do not get smaller: FREEZE takes a third more.
 const MANY: u64 = FROZEN_PAGES_MAX / 4 * 3;
 /// Rounds without progress before that is accepted.

@@ -6,7 +6,7 @@ use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::process::Stdio;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use onde_wire::machine::fits_mib;
 use serde_json::Value;
 
@@ -208,7 +208,7 @@ pub fn hot_writer(world: &World) -> Result<()> {
     world.onde(["migrate", "hot", "2"])?;
     answers(guest)?;
     let (is_done, told) = fork(world, &["hot", "--nodes", "1", "--tokens", "60"])?;
-    let [made] = list(&told, "made") else { anyhow::bail!("{told}") };
+    let [made] = list(&told, "made") else { bail!("{told}") };
     ensure!(is_done, "{told}");
     answers(guest)?;
     answers(made["guest"].as_str().context("no address")?.parse()?)?;

@@ -282,7 +282,8 @@ impl Family {
         if forked.faults.iter().any(Option::is_some)
             && let Some(why) = asleep(parent)
         {
-            forked.faults.iter_mut().flatten().for_each(|fault| fault.clone_from(&why));
+            // Beside its own: one may have failed before, for another reason.
+            forked.faults.iter_mut().flatten().for_each(|fault| *fault += &format!("; {why}"));
         }
         forked.faults
     }
