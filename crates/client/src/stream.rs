@@ -4,11 +4,14 @@
 use crate::layout::Layout;
 use lz4_flex::block::{CompressTable, compress_into_with_table, get_maximum_output_size};
 use onde_wire::machine::PAGE_SIZE;
-use onde_wire::stream::{CHUNK_MAX, HEAD_SIZE, Head, Kind, Sender, Start};
+use onde_wire::stream::{HEAD_SIZE, Head, Kind, Sender, Start};
 use std::io::{self, Write};
 use std::sync::mpsc::{SyncSender, sync_channel};
 
-/// Packed records that may wait for the wire: with 128 KiB each, a megabyte.
+/// Bytes of memory in a record, unless they are zeros. LZ4 blocks below 64 KiB are packed with a table of half the size, in
+/// an emulated guest in less than half the time, and hardly larger.
+pub const RUN_MAX: u64 = 60 << 10;
+/// Packed records that may wait for the wire: half a megabyte.
 const QUEUE: usize = 8;
 
 /// How far a stream is.
@@ -40,8 +43,8 @@ pub struct Packer {
 
 impl Default for Packer {
     fn default() -> Self {
-        let room = vec![0; get_maximum_output_size(CHUNK_MAX as usize)].into();
-        Self { table: CompressTable::large(), room }
+        let room = vec![0; get_maximum_output_size(RUN_MAX as usize)].into();
+        Self { table: CompressTable::small(), room }
     }
 }
 
@@ -54,7 +57,7 @@ impl Packer {
         })
     }
 
-    /// The record of one run of pages, a chunk at most unless all are zero.
+    /// The record of one run of pages, at most [`RUN_MAX`] unless all are zero.
     fn pack<'a>(&'a mut self, address: u64, run: &'a [u8]) -> (Head, &'a [u8]) {
         let (kind, payload) = match is_zero(run) {
             true => (Kind::Zero, &[][..]),
@@ -93,6 +96,8 @@ impl<W: Write> StreamWriter<W> {
     /// Leaves nothing of earlier records in memory: a machine that is about to be copied has less to copy.
     pub fn wipe(&mut self) {
         if let Some(packer) = &mut self.packer {
+            // Packing begins with an empty table, so packing nothing leaves one.
+            let _ = compress_into_with_table(&[], &mut packer.room, &mut packer.table);
             packer.room.fill(0);
         }
     }
@@ -128,13 +133,13 @@ impl<W: Write> StreamWriter<W> {
 
     /// Writes the machine state and the digest, and flushes. Returns where it went, and the bytes of the stream.
     pub fn machine(mut self, state: &[u8]) -> io::Result<(W, u64)> {
-        self.state(state)?;
+        self.put(&plain(Kind::Machine, state.to_vec()))?;
         self.end()
     }
 
-    /// Writes the machine state. Nobody makes a machine of it before [`Self::end`].
-    pub fn state(&mut self, state: &[u8]) -> io::Result<()> {
-        self.put(&plain(Kind::Machine, state.to_vec()))
+    /// Writes the machine state of one that moves. Nobody makes a machine of it before [`Self::end`].
+    pub fn moved(&mut self, state: &[u8]) -> io::Result<()> {
+        self.put(&plain(Kind::Moved, state.to_vec()))
     }
 
     /// Writes the digest behind the machine state, and flushes. Returns as [`Self::machine`].
@@ -188,12 +193,11 @@ fn pack(layout: &Layout, out: &SyncSender<Record>) {
     }
 }
 
-/// Cuts memory into runs of pages that are all zero, of any size, and others, of a chunk at most.
+/// Cuts memory into runs of pages that are all zero, of any size, and others, of [`RUN_MAX`] at most.
 fn runs(mut address: u64, mut bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])> {
     std::iter::from_fn(move || {
         let is_zero = is_zero(bytes.chunks(PAGE_SIZE as usize).next()?);
-        let pages_max =
-            if is_zero { usize::MAX } else { (u64::from(CHUNK_MAX) / PAGE_SIZE) as usize };
+        let pages_max = if is_zero { usize::MAX } else { (RUN_MAX / PAGE_SIZE) as usize };
         let same = bytes
             .chunks(PAGE_SIZE as usize)
             .take(pages_max)
