@@ -78,6 +78,15 @@ impl Default for Touched {
     }
 }
 
+/// A machine that may run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Restored {
+    /// Bytes of its state, at the front of the buffer given for it.
+    pub state_size: usize,
+    /// Whether the sender waits to hear of it.
+    pub is_awaited: bool,
+}
+
 /// A stream on its way into a machine.
 pub struct Restore<'a, S, M> {
     /// Where the stream comes from.
@@ -94,21 +103,21 @@ pub struct Restore<'a, S, M> {
 
 impl<S: Source, M: Memory> Restore<'_, S, M> {
     /// Takes in a whole stream, which must be for `expect`. Only `Ok` means that the machine may run:
-    /// every byte was there and the digest agreed. Returns the bytes of machine state, at the front of the buffer given for
-    /// it. After an error RAM holds whatever came so far.
-    pub fn run(&mut self, expect: Start) -> Result<usize, Failed> {
+    /// every byte was there and the digest agreed. After an error RAM holds whatever came so far.
+    pub fn run(&mut self, expect: Start) -> Result<Restored, Failed> {
         let mut checker = Checker::new(expect);
-        let mut state_size = 0;
+        let mut restored = Restored { state_size: 0, is_awaited: true };
         while !checker.is_done() {
             let mut head = [0; HEAD_SIZE];
             self.source.recv(&mut head)?;
             let head = checker.head(&head)?;
             self.record(&mut checker, &head)?;
-            if head.kind == Kind::Machine {
-                state_size = head.payload_size as usize;
+            if let Kind::Machine | Kind::Moved = head.kind {
+                let is_awaited = head.kind == Kind::Machine;
+                restored = Restored { state_size: head.payload_size as usize, is_awaited };
             }
         }
-        Ok(state_size)
+        Ok(restored)
     }
 
     fn record(&mut self, checker: &mut Checker, head: &Head) -> Result<(), Failed> {
@@ -120,7 +129,7 @@ impl<S: Source, M: Memory> Restore<'_, S, M> {
                 self.touched.zero(self.memory, head.address, head.mem_size);
                 Ok(checker.payload(&[])?)
             }
-            Kind::Machine => {
+            Kind::Machine | Kind::Moved => {
                 let state = self.state.get_mut(..size).ok_or(StreamError::TooLarge)?;
                 self.source.recv(state)?;
                 Ok(checker.payload(state)?)

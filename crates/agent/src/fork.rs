@@ -65,11 +65,6 @@ impl<'a> Copying<'a> {
         &self.shape
     }
 
-    /// Who the machine that is copied is.
-    pub fn identity(&self) -> &Identity {
-        &self.identity
-    }
-
     /// The machine that is copied, from inside.
     pub fn machine(&mut self) -> &mut Devices {
         &mut self.machine

@@ -24,6 +24,8 @@ pub trait Machine {
     fn command(&mut self, register: u64, value: u32) -> u32;
     /// Reads a window: `out.len()` bytes at a guest-physical address that is a multiple of 8.
     fn read(&mut self, address: u64, out: &mut [u8]) -> io::Result<()>;
+    /// Lets go of what reading took, so that there is less to copy.
+    fn let_go(&mut self);
     /// Whether the kernel has nothing in the pages from this one on.
     fn are_free(&mut self, first_page: u64, out: &mut [bool]);
     /// Who this machine is now.
@@ -92,6 +94,11 @@ impl Machine for Devices {
             (address, out) = (address + count as u64, back);
         }
         Ok(())
+    }
+
+    /// A processor counts the page tables that it goes through as written.
+    fn let_go(&mut self) {
+        self.pieces.clear();
     }
 
     /// By `/proc/kpageflags` (proc(5), Documentation/admin-guide/mm/pagemap.rst).

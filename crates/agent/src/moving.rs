@@ -14,6 +14,7 @@ use onde_client::migration::{Act, Event, Source, Word};
 use onde_client::node::Handle;
 use onde_client::session::frames::FrameWriter;
 use onde_client::stream::StreamWriter;
+use onde_sys::inet::unacknowledged;
 use onde_wire::bootstrap::{REPORT_SIZE, Report};
 use onde_wire::machine::Identity;
 use onde_wire::machine::control::{REG_COMMIT, REG_FLOW, REG_JUDGE};
@@ -26,7 +27,7 @@ use crate::children::spawn_thread;
 use crate::fork::Copying;
 use crate::hooks;
 use crate::machine::Machine;
-use crate::network::{self, Announcer};
+use crate::network;
 use crate::session::Guest;
 use crate::snapshot::{self, FEW, Failed, Outcome, Sink};
 use crate::target::{self, Target};
@@ -43,18 +44,16 @@ const IN_FLIGHT: usize = 32 << 10;
 const YIELDING: i32 = 7;
 /// Frozen, all others wait for the end of the stream, and nobody hears of what they do meanwhile.
 const HURRYING: i32 = -20;
+/// How long FREEZE waits for an acknowledgement: it is better without, and right with it.
+const ACKNOWLEDGED_TIMEOUT: Duration = Duration::from_millis(50);
 /// Between two words on how far a round is.
 const PROGRESS: Duration = Duration::from_millis(250);
-/// When the copy announces itself again: an announcement that got lost must not cost a connection its life.
+/// When the copy announces itself after its VMM did: an announcement that got lost must not cost a connection its life.
 const ANNOUNCEMENTS: [Duration; 3] =
     [Duration::from_millis(100), Duration::from_millis(400), Duration::from_millis(1500)];
 
 /// Moves this machine to the VM of `ticket`. Returns well in the copy only: then [`settle_in`] is due.
-pub fn run(
-    guest: &Guest,
-    client: &mut FrameWriter<Writer>,
-    ticket: &[u8],
-) -> Result<Announcer, Failed> {
+pub fn run(guest: &Guest, client: &mut FrameWriter<Writer>, ticket: &[u8]) -> Result<(), Failed> {
     let words = |error: anyhow::Error| Failed::Machine(format!("{error:#}"));
     let target = Ticket::parse(ticket).and_then(|ticket| Target::parse(&ticket));
     let target = target.ok_or(Failed::Machine("a boot token of another version".to_owned()))?;
@@ -62,7 +61,6 @@ pub fn run(
     client.stream().set_timeout(Some(CLIENT_TIMEOUT))?;
     let loader = target::loader().map_err(words)?;
     let mut judge = Judge::open(&target.handle).map_err(words)?;
-    let announcer = Announcer::open(copying.identity()).map_err(words)?;
     let mut vm = target.open(&loader).map_err(words)?;
     let ends = vm.writer().ends()?;
     let moved = network::hold_neighbours(true).map_err(Failed::from).and_then(|()| {
@@ -76,10 +74,7 @@ pub fn run(
         }
     });
     match moved {
-        Ok(None) => {
-            arrive(guest, copying.machine(), &announcer)?;
-            Ok(announcer)
-        }
+        Ok(None) => arrive(guest, copying.machine()),
         Ok(Some(ended)) => {
             // What they do from here on nobody hears of, unless the copy does not live.
             if let Err(error) = copying.machine().stop_programs() {
@@ -167,7 +162,7 @@ impl<'a> Road<'a> {
 
     /// The rest of the stream. What it returns tells whether its last byte may be on its way.
     fn end(mut self, state: &[u8]) -> Event {
-        match self.stream.state(state) {
+        match self.stream.moved(state) {
             Err(_) => Event::Failed,
             Ok(()) => match self.stream.end() {
                 Ok(_) => Event::Given,
@@ -217,6 +212,15 @@ impl Sink for Road<'_> {
         self.stream.wipe();
         // What breaks here breaks again at the next record.
         let _ = self.stream.out().flush_and_wipe();
+        await_acknowledged(self.stream.out());
+    }
+}
+
+/// Waits until the peer has all of it: the kernel would send the rest again in the copy, before anything else.
+fn await_acknowledged(out: &Writer) {
+    let begun = Instant::now();
+    while begun.elapsed() < ACKNOWLEDGED_TIMEOUT && matches!(unacknowledged(out), Ok(1..)) {
+        std::thread::sleep(Duration::from_millis(1));
     }
 }
 
@@ -317,13 +321,11 @@ impl Ear<'_> {
 }
 
 /// The copy, which is the machine from now on: what its programs and its client wait for.
-fn arrive(guest: &Guest, machine: &mut impl Machine, announcer: &Announcer) -> Result<(), Failed> {
+fn arrive(guest: &Guest, machine: &mut impl Machine) -> Result<(), Failed> {
+    // First of all: they answer who waits for an answer.
+    take_turns(YIELDING);
+    rustix::thread::sched_yield();
     let identity = machine.identity()?;
-    // First of all: until then the bridges send its packets to the source.
-    if let Err(error) = announcer.announce() {
-        eprintln!("onde-agent: cannot announce this machine: {error}");
-    }
-    take_turns(0);
     // Tokens of the old job's chain buy nothing here.
     guest.pocket.empty();
     // Those that wrote faster than could be copied; all others run already.
@@ -336,23 +338,23 @@ fn hex(identity: &Identity) -> String {
     identity.job[..4].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
-fn announce_again(announcer: Announcer) {
-    // Without a thread the first announcement has to do.
+fn announce_again(identity: Identity) {
+    // Without a thread the VMM's announcement has to do.
     let _ = spawn_thread("announce", move || {
         for pause in ANNOUNCEMENTS {
             // Nothing tells whether it is needed.
             std::thread::sleep(pause);
-            let _ = announcer.announce();
+            let _ = network::announce(&identity);
         }
     });
 }
 
 /// What else there is to do in a machine that moved, once its client knows.
-pub fn settle_in(guest: &Guest, announcer: Announcer) {
+pub fn settle_in(guest: &Guest) {
     calm_down();
-    announce_again(announcer);
     if let Ok(identity) = crate::guest::identity() {
         println!("onde-agent: moved to job {}", hex(&identity));
+        announce_again(identity);
     }
     hooks::run(&guest.children, hooks::MOVED);
 }

@@ -53,9 +53,8 @@ pub fn bring_up(identity: &Identity) -> Result<()> {
     write_new("/etc/hosts", "127.0.0.1 localhost\n::1 localhost\n")?;
     // Now that it can answer: the kernel's own announcement (`arp_notify`) comes before its routes, and what a waiting
     // customer sends upon it is lost, for a second.
-    let announced = Announcer::open(identity).and_then(|announcer| Ok(announcer.announce()?));
-    if let Err(error) = announced {
-        eprintln!("onde-agent: eth0 is not announced: {error:#}");
+    if let Err(error) = announce(identity) {
+        eprintln!("onde-agent: {error:#}");
     }
     Ok(())
 }
@@ -86,41 +85,12 @@ pub fn hold_neighbours(on: bool) -> io::Result<()> {
         .try_for_each(|(path, usual, held)| fs::write(path, if on { held } else { usual }))
 }
 
-/// Bytes of an Ethernet frame with an ARP packet for IPv4 (RFC 826).
-const ARP_SIZE: usize = 42;
-
-/// What tells the network where this machine is. For a move it is made in the source, so that the copy has nothing to do but
-/// to send: until then the bridges take packets for it to where it was.
-pub struct Announcer {
-    socket: PacketSocket,
-    frame: [u8; ARP_SIZE],
-}
-
-impl Announcer {
-    /// For the machine of `identity`, which keeps its addresses.
-    pub fn open(identity: &Identity) -> Result<Self> {
-        let device = DEVICE.to_str().expect("ASCII");
-        let socket = PacketSocket::open(device).context("cannot open a packet socket")?;
-        Ok(Self { socket, frame: gratuitous_arp(identity.mac, identity.ipv4) })
-    }
-
-    /// Sends a gratuitous ARP (RFC 5227, 3). An error is that of the device.
-    pub fn announce(&self) -> io::Result<()> {
-        self.socket.send(&self.frame).map(drop)
-    }
-}
-
-fn gratuitous_arp(mac: [u8; 6], ipv4: [u8; 4]) -> [u8; ARP_SIZE] {
-    let mut frame = [0; ARP_SIZE];
-    frame[..6].fill(0xFF);
-    frame[6..12].copy_from_slice(&mac);
-    // ARP; Ethernet, IPv4, their addresses' sizes; a request.
-    frame[12..22].copy_from_slice(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
-    frame[22..28].copy_from_slice(&mac);
-    frame[28..32].copy_from_slice(&ipv4);
-    // Its own address is what it asks for.
-    frame[38..42].copy_from_slice(&ipv4);
-    frame
+/// Tells the network where the machine of `identity` is.
+pub fn announce(identity: &Identity) -> Result<()> {
+    let device = DEVICE.to_str().expect("ASCII");
+    let socket = PacketSocket::open(device).context("cannot open a packet socket")?;
+    socket.send(&identity.announcement()).context("cannot announce this machine")?;
+    Ok(())
 }
 
 /// Writes a file unless the customer packed one.
@@ -133,18 +103,4 @@ fn write_new(path: &str, text: &str) -> Result<()> {
     std::fs::create_dir_all(folder)
         .and_then(|()| std::fs::write(path, text))
         .with_context(|| format!("cannot write {}", path.display()))
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_gratuitous_arp_is_as_linux_sends_it() {
-        let told = gratuitous_arp([2, 0x4F, 0xC6, 0x13, 0, 1], [198, 19, 0, 1]);
-        let expect = b"\xff\xff\xff\xff\xff\xff\x02\x4f\xc6\x13\x00\x01\x08\x06\
-            \x00\x01\x08\x00\x06\x04\x00\x01\x02\x4f\xc6\x13\x00\x01\xc6\x13\x00\x01\
-            \x00\x00\x00\x00\x00\x00\xc6\x13\x00\x01";
-        assert_eq!(&told, expect);
-    }
 }

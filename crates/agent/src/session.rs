@@ -275,10 +275,10 @@ fn fork(guest: &Guest, writer: &mut FrameWriter<Writer>, tickets: &[u8]) -> io::
 /// Moves this machine. Only the copy gets to say so; the source says why it goes on.
 fn migrate(guest: &Guest, writer: &mut FrameWriter<Writer>, ticket: &[u8]) -> io::Result<()> {
     match moving::run(guest, writer, ticket) {
-        Ok(announcer) => {
+        Ok(()) => {
             // Heard or not: the machine has moved.
             let told = writer.agent(&AgentFrame::Moved).and_then(|()| writer.flush());
-            moving::settle_in(guest, announcer);
+            moving::settle_in(guest);
             told
         }
         Err(Failed::Sink(error)) => Err(error),

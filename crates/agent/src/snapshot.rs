@@ -8,6 +8,7 @@
 //! ```
 //! FREEZE returns twice, as fork() does: here, and in every machine that is made of the stream.
 
+use onde_client::stream::RUN_MAX;
 use onde_wire::machine::control::{
     REG_ABORT, REG_FREEZE, REG_HARVEST, REG_TRACK, RESULT_OK, RESULT_TOO_MANY, ROLE_FORKED,
     ROLE_MOVED,
@@ -16,7 +17,7 @@ use onde_wire::machine::{
     BITMAP_START, FROZEN_PAGES_MAX, FROZEN_START, Frozen, MIRROR_START, PAGE_SIZE, Space,
 };
 use onde_wire::session::{Round, Taken};
-use onde_wire::stream::{CHUNK_MAX, Start};
+use onde_wire::stream::Start;
 use std::io;
 use std::ops::Range;
 use std::time::Instant;
@@ -33,7 +34,8 @@ const MANY: u64 = FROZEN_PAGES_MAX / 4 * 3;
 const PATIENCE: u32 = 3;
 /// Rounds in all: with a quarter less in each, the largest machine is down to few long before.
 const ROUNDS_MAX: u32 = 64;
-const PAGES_MAX: u64 = CHUNK_MAX as u64 / PAGE_SIZE;
+/// Pages that are read at once: what makes two records.
+const PAGES_MAX: u64 = 2 * RUN_MAX / PAGE_SIZE;
 
 /// Where a copy's memory goes. An error ends the copy.
 pub trait Sink {
@@ -110,11 +112,13 @@ pub fn take<M: Machine>(
         is_frozen: false,
     };
     let result = copy.all().and_then(|()| copy.until_few()).and_then(|()| copy.freeze());
-    match (copy.is_frozen, &result) {
-        (true, Ok(_)) => {}
-        (true, Err(_)) => undo(copy.machine),
-        // Nothing to be done about a machine that refuses this.
-        (false, _) => {
+    match &result {
+        // A copy has time for nothing, and its VMM never tracked anything.
+        Ok(Outcome::Copy) => {}
+        Ok(Outcome::Source(..)) if copy.is_frozen => {}
+        Err(_) if copy.is_frozen => undo(copy.machine),
+        _ => {
+            // Nothing to be done about a machine that refuses this.
             copy.machine.command(REG_TRACK, 0);
             if result.is_err() {
                 copy.start_programs();
@@ -252,9 +256,10 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
 
     /// Stops the machine for an instant, and sends what is left of it.
     fn freeze(&mut self) -> Result<Outcome, Failed> {
-        // Mapped now, and not while the network stands still.
-        self.machine.read(FROZEN_START, &mut [0; 8]).map_err(machine_failed)?;
         while self.round < ROUNDS_MAX {
+            self.machine.let_go();
+            // Mapped now, and not while the network stands still.
+            self.machine.read(FROZEN_START, &mut [0; 8]).map_err(machine_failed)?;
             self.sink.freezing();
             self.buffer.fill(0);
             let role = match self.role {
@@ -369,7 +374,7 @@ fn runs(space: Space, pages: impl Iterator<Item = u64>) -> impl Iterator<Item = 
         let first = space.address(start);
         let goes_on = |run: &Range<u64>, page: u64| {
             let size = (page - start) * PAGE_SIZE;
-            page == run.end && size < CHUNK_MAX.into() && space.address(page) == first + size
+            page == run.end && page - start < PAGES_MAX && space.address(page) == first + size
         };
         while pages.next_if(|&page| goes_on(&run, page)).is_some() {
             run.end += 1;

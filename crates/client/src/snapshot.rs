@@ -329,7 +329,7 @@ impl SnapshotFile {
         let scanned = self.scan(|head, payload| {
             match head.kind {
                 Kind::Start | Kind::End | Kind::Pad => {}
-                Kind::Machine => state = payload.to_vec(),
+                Kind::Machine | Kind::Moved => state = payload.to_vec(),
                 Kind::Raw | Kind::Zero | Kind::Lz4 => stream.record(head, payload)?,
             }
             progress.mem_done += head.mem_size;

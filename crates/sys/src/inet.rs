@@ -4,7 +4,7 @@
 use std::ffi::CStr;
 use std::io;
 use std::net::Ipv4Addr;
-use std::os::fd::{AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use rustix::net::{AddressFamily, SocketFlags, SocketType};
 
@@ -53,6 +53,16 @@ impl Inet {
             -1 => Err(io::Error::last_os_error()),
             _ => Ok(()),
         }
+    }
+}
+
+/// Bytes sent on a TCP connection that its peer has not acknowledged (tcp(7), SIOCOUTQ).
+pub fn unacknowledged(socket: impl AsFd) -> io::Result<usize> {
+    let mut count: libc::c_int = 0;
+    // SAFETY: SIOCOUTQ, which is TIOCOUTQ, writes one int, which lives over the call.
+    match unsafe { libc::ioctl(socket.as_fd().as_raw_fd(), libc::TIOCOUTQ, &mut count) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(usize::try_from(count).unwrap_or(0)),
     }
 }
 

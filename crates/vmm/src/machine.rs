@@ -240,7 +240,7 @@ fn devices(
     identity: &Identity,
     arrivals: &Arc<Arrivals>,
 ) -> Result<Vec<Box<dyn Device>>, Fault> {
-    let net = Net::new(tap, identity.boot_mac, identity.mac, arrivals.clone());
+    let net = Net::new(tap, identity, arrivals.clone());
     let mut devices: Vec<Box<dyn Device>> = vec![Box::new(net), Box::new(Rng)];
     if let Some(disk) = disk {
         devices.push(Box::new(Blk::new(disk)));

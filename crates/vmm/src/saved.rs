@@ -168,7 +168,7 @@ pub fn read(mut file: &File, start: &Start, ram: &View) -> Result<Vec<u8>, Fault
         file.read_exact(&mut payload).fault(Part::Saved, "read a record")?;
         checker.payload(&payload).map_err(flaw)?;
         match head.kind {
-            Kind::Machine => state.clone_from(&payload),
+            Kind::Machine | Kind::Moved => state.clone_from(&payload),
             // Nothing here packs memory.
             Kind::Lz4 => return Err(flaw(StreamError::Lz4)),
             Kind::Start | Kind::Raw | Kind::Zero | Kind::Pad | Kind::End => {}
@@ -237,7 +237,9 @@ pub fn find(file: &File, shape: &Shape) -> Result<Template, Fault> {
                 file.read_exact_at(&mut state, offset).fault(Part::Saved, "read the state")?;
                 return Ok(Template { pieces, state });
             }
-            Kind::Raw | Kind::Lz4 | Kind::End => return Err(flaw(StreamError::Malformed)),
+            Kind::Raw | Kind::Lz4 | Kind::Moved | Kind::End => {
+                return Err(flaw(StreamError::Malformed));
+            }
         }
     }
 }

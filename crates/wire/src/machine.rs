@@ -301,6 +301,9 @@ impl core::fmt::Debug for Identity {
     }
 }
 
+/// Bytes of an Ethernet frame with an ARP packet for IPv4 (RFC 826).
+pub const ARP_SIZE: usize = 42;
+
 /// "ONDEINFO".
 const INFO_MAGIC: [u8; 8] = *b"ONDEINFO";
 const INFO_VERSION: u32 = 1;
@@ -339,6 +342,22 @@ impl Identity {
         w.put(&[self.prefix_len]);
         w.put(&self.space.disk_bytes.to_le_bytes());
         page
+    }
+
+    /// The frame that tells the network where the guest is: a gratuitous ARP (RFC 5227, 3). Bridges learn its MAC by it.
+    pub fn announcement(&self) -> [u8; ARP_SIZE] {
+        let mut frame = [0; ARP_SIZE];
+        let mut w = Writer::new(&mut frame);
+        w.put(&[0xFF; 6]);
+        w.put(&self.mac);
+        // ARP; Ethernet, IPv4, their addresses' sizes; a request.
+        w.put(&[8, 6, 0, 1, 8, 0, 6, 4, 0, 1]);
+        w.put(&self.mac);
+        w.put(&self.ipv4);
+        // Its own address is what it asks for.
+        w.put(&[0; 6]);
+        w.put(&self.ipv4);
+        frame
     }
 
     /// Reads the info page; `None` if it is not one of this version.

@@ -3,8 +3,8 @@
 //!
 //! ```text
 //!  record  kind u8 | 0 0 0 | payload size u32 | address u64 | memory size u64 | payload
-//!  stream  START  (RAW | ZERO | LZ4)*  MACHINE  END
-//!  file    START  (PAD RAW | ZERO)*    MACHINE  END
+//!  stream  START  (RAW | ZERO | LZ4)*  (MACHINE | MOVED)  END
+//!  file    START  (PAD RAW | ZERO)*    MACHINE            END
 //! ```
 //! START says for what machine, END carries the SHA-256 of all bytes before it. [`Checker`] is the
 //! receiver's judge: it accepts records in this order only, and memory only where the machine has RAM or disk. In a file that a
@@ -44,6 +44,9 @@ pub enum Kind {
     End = 6,
     /// Nothing, in files only.
     Pad = 7,
+    /// The machine state of one that stands still until this one lives, and asks the node whether it does: it runs at
+    /// once, and nobody is told but of a refusal.
+    Moved = 8,
 }
 
 /// A record's head.
@@ -102,7 +105,7 @@ impl Head {
             return None;
         }
         Some(Self {
-            kind: [Start, Raw, Zero, Lz4, Machine, End, Pad]
+            kind: [Start, Raw, Zero, Lz4, Machine, End, Pad, Moved]
                 .into_iter()
                 .find(|k| *k as u8 == kind)?,
             payload_size: r.u32()?,
@@ -181,7 +184,7 @@ impl Checker {
     }
 
     /// Judges a record's head. On success the caller reads `payload_size` bytes (at most
-    /// [`CHUNK_MAX`], or [`machine::STATE_SIZE_MAX`] for MACHINE) and calls [`Self::payload`]. In a file RAW has no bound, and its
+    /// [`CHUNK_MAX`], or [`machine::STATE_SIZE_MAX`] for a machine state) and calls [`Self::payload`]. In a file RAW has no bound, and its
     /// payload may come in parts.
     pub fn head(&mut self, bytes: &[u8; HEAD_SIZE]) -> Result<Head, StreamError> {
         let head = Head::parse(bytes).ok_or(StreamError::Malformed)?;
@@ -189,10 +192,12 @@ impl Checker {
             (Phase::Start, Kind::Start) => exact(&head, START_SIZE)?,
             (Phase::Memory, Kind::Raw | Kind::Zero | Kind::Lz4) => self.memory(&head)?,
             (Phase::Memory, Kind::Pad) if self.is_file => pad(&head)?,
-            (Phase::Memory, Kind::Machine) if head.payload_size > machine::STATE_SIZE_MAX => {
-                return Err(StreamError::TooLarge);
+            (Phase::Memory, Kind::Moved) if self.is_file => return Err(StreamError::OutOfOrder),
+            (Phase::Memory, Kind::Machine | Kind::Moved) => {
+                if head.payload_size > machine::STATE_SIZE_MAX {
+                    return Err(StreamError::TooLarge);
+                }
             }
-            (Phase::Memory, Kind::Machine) => {}
             // Not in the digest, so nothing else is taken for it.
             (Phase::End, Kind::End) if (head.address, head.mem_size) != (0, 0) => {
                 return Err(StreamError::Malformed);
@@ -242,7 +247,7 @@ impl Checker {
                 }
                 self.phase = Phase::Memory;
             }
-            Kind::Machine => self.phase = Phase::End,
+            Kind::Machine | Kind::Moved => self.phase = Phase::End,
             Kind::End => {
                 let digest: [u8; 32] = self.digest.clone().finalize().into();
                 if payload != digest {

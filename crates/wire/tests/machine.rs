@@ -44,6 +44,14 @@ fn the_info_page_keeps_its_bytes() {
 }
 
 #[test]
+fn a_guest_is_announced_as_linux_does_it() {
+    let expect = b"\xff\xff\xff\xff\xff\xff\x02\x00\x00\x00\x00\x01\x08\x06\
+        \x00\x01\x08\x00\x06\x04\x00\x01\x02\x00\x00\x00\x00\x01\xc6\x13\x00\x01\
+        \x00\x00\x00\x00\x00\x00\xc6\x13\x00\x01";
+    assert_eq!(&identity().announcement(), expect);
+}
+
+#[test]
 fn the_meter_keeps_its_bytes() {
     let meter = Meter {
         stage: Stage::Running,

@@ -33,6 +33,10 @@ fn zero(address: u64, mem_size: u64) -> Record {
     record(Kind::Zero, address, mem_size, &[])
 }
 
+fn moved() -> Record {
+    record(Kind::Moved, 0, 0, &COLD.emit())
+}
+
 fn machine() -> Record {
     record(Kind::Machine, 0, 0, &COLD.emit())
 }
@@ -94,13 +98,14 @@ fn right_streams_are_accepted() {
         with_end(&[start(), lz4, chunk, zero(0, START.space.mem_bytes), machine()]),
         with_end(&[start(), raw(START.space.mem_bytes - PAGE_SIZE), state]),
         with_end(&[start(), raw(0x1000), raw(0x1000), machine()]),
+        with_end(&[start(), raw(0x1000), moved()]),
     ] {
         assert_eq!(receive(&records), Ok(true));
     }
 }
 
 #[test]
-fn only_a_file_has_pads_and_large_chunks() {
+fn only_a_file_has_pads_and_large_chunks_and_it_does_not_move() {
     let size = CHUNK_MAX as usize + PAGE_SIZE as usize;
     let large = record(Kind::Raw, 0, size as u64, &vec![1; size]);
     let pad = record(Kind::Pad, 0, 0, &[0; 100]);
@@ -122,6 +127,7 @@ fn only_a_file_has_pads_and_large_chunks() {
     let mut altered = records.clone();
     altered[2].1[size - 1] ^= 1;
     assert_eq!(receive(&altered, 1000), Err(Digest));
+    assert_eq!(receive(&with_end(&[start(), moved()]), 1000), Err(OutOfOrder));
     let mut wide = records;
     wide[1] = record(Kind::Pad, 0, 0, &[0; PAGE_SIZE as usize]);
     assert_eq!(receive(&wide, 1000), Err(TooLarge));

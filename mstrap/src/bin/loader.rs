@@ -7,7 +7,7 @@ use core::fmt::{self, Write};
 use core::panic::PanicInfo;
 use onde_mstrap::metal::ram::Ram;
 use onde_mstrap::metal::{Lent, control, info_page};
-use onde_mstrap::restore::{Failed, Restore, Source, Touched};
+use onde_mstrap::restore::{Failed, Restore, Restored, Source, Touched};
 use onde_wire::bootstrap::{Report, SERVICES_VERSION, Services};
 use onde_wire::machine::control::RESULT_OK;
 use onde_wire::machine::{Identity, PAGE_SIZE};
@@ -44,7 +44,7 @@ fn load(services: &Services) -> Result<(), Failed> {
     let state = state_area(services);
     // SAFETY: this program, its stack and its data lie in BOOT.
     let mut ram = unsafe { Ram::new(BOUNCE.take()) };
-    let state_size = Restore {
+    let Restored { state_size, is_awaited } = Restore {
         source: &mut Channel(services),
         memory: &mut ram,
         touched: TOUCHED.take(),
@@ -54,9 +54,9 @@ fn load(services: &Services) -> Result<(), Failed> {
     .run(Start { job: identity.job, space: identity.space, vcpus: identity.vcpus })?;
 
     let state = &state[..state_size];
-    let mut result = control::check(state);
+    let mut result = if is_awaited { control::check(state) } else { RESULT_OK };
     if result == RESULT_OK {
-        if !report(services, Report::StreamOk) {
+        if is_awaited && !report(services, Report::StreamOk) {
             return Err(Failed::Connection);
         }
         result = control::resume(state);

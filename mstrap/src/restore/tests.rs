@@ -71,7 +71,11 @@ impl Stream {
     }
 
     fn end(&mut self) -> Vec<u8> {
-        self.record(Kind::Machine, 0, 0, b"state");
+        self.end_with(Kind::Machine)
+    }
+
+    fn end_with(&mut self, kind: Kind) -> Vec<u8> {
+        self.record(kind, 0, 0, b"state");
         let mut bytes = std::mem::take(&mut self.bytes);
         bytes.extend(std::mem::take(&mut self.sender).end());
         bytes
@@ -85,7 +89,7 @@ fn pack(bytes: &[u8]) -> Vec<u8> {
     packed
 }
 
-fn run(stream: &[u8]) -> (Result<usize, Failed>, Vector, Vec<u8>) {
+fn run(stream: &[u8]) -> (Result<Restored, Failed>, Vector, Vec<u8>) {
     let mut memory = Vector { ram: vec![0; 64 * MIB], zeroed: 0 };
     let mut state = vec![0; MIB];
     let result = Restore {
@@ -103,12 +107,19 @@ fn run(stream: &[u8]) -> (Result<usize, Failed>, Vector, Vec<u8>) {
 fn check(stream: &mut Stream, expect: &[(usize, u8)], zeroed: u64) {
     let bytes = stream.end();
     let (result, memory, state) = run(&bytes);
-    assert_eq!(result, Ok(5));
+    assert_eq!(result, Ok(Restored { state_size: 5, is_awaited: true }));
     assert_eq!(&state[..5], b"state");
     assert_eq!(memory.zeroed, zeroed);
     for (address, byte) in expect {
         assert_eq!(memory.ram[*address], *byte, "at {address:#x}");
     }
+}
+
+#[test]
+fn nobody_waits_to_hear_of_a_machine_that_moved() {
+    let (result, _, state) = run(&Stream::new().end_with(Kind::Moved));
+    assert_eq!(result, Ok(Restored { state_size: 5, is_awaited: false }));
+    assert_eq!(&state[..5], b"state");
 }
 
 #[test]

@@ -228,6 +228,8 @@ impl Machine for Model {
         Ok(())
     }
 
+    fn let_go(&mut self) {}
+
     fn are_free(&mut self, first_page: u64, out: &mut [bool]) {
         self.live();
         out.copy_from_slice(&self.free[first_page as usize..][..out.len()]);

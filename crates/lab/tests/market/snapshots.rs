@@ -99,7 +99,7 @@ fn of_another_version(bytes: &[u8]) -> Result<Vec<u8>> {
         match head.kind {
             Kind::Start | Kind::Pad | Kind::End => {}
             Kind::Raw | Kind::Zero | Kind::Lz4 => stream.record(&head, payload)?,
-            Kind::Machine => state = payload.to_vec(),
+            Kind::Machine | Kind::Moved => state = payload.to_vec(),
         }
         rest = behind;
     }

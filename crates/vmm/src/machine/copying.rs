@@ -168,6 +168,10 @@ impl Machine {
         if source.control.has_event() {
             let _ = self.power_line.write(1);
         }
+        if source.control.role() != ROLE_FORKED {
+            // It goes on under its own addresses. Before it runs: what bridges still take to where it was waits for nobody.
+            self.bus.virtio[VIRTIO_NET as usize].announce();
+        }
         *self.bus.control() = source.control;
         self.bus.set_serial(&source.serial);
         for (slot, saved) in self.bus.virtio.iter().zip(source.devices) {

@@ -115,6 +115,11 @@ impl Slot {
         transport.device.hand_over();
     }
 
+    /// Tells the network where the guest is.
+    pub fn announce(&self) {
+        self.lock().device.announce();
+    }
+
     /// FREEZE and its undoing: what the device may send from here on.
     pub fn hold(&self, outgoing: Outgoing) {
         self.lock().device.hold(outgoing);

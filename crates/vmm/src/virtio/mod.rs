@@ -51,6 +51,8 @@ pub trait Device: Send {
     ) -> Result<ring::Served, Broken>;
     /// RESUME was done: from here on the device belongs to the guest, not to mstrap.
     fn hand_over(&mut self) {}
+    /// Tells the network where the guest is.
+    fn announce(&mut self) {}
     /// What leaves: all, or this alone.
     fn hold(&mut self, _outgoing: Outgoing) {}
 }

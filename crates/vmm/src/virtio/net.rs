@@ -7,6 +7,7 @@ use std::io::{self, ErrorKind, Read, Write};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
+use onde_wire::machine::{ARP_SIZE, Identity};
 use virtio_queue::{Queue, QueueT, Writer};
 use vm_memory::bitmap::{AtomicBitmap, BS};
 
@@ -104,6 +105,7 @@ pub struct Net<L> {
     mac: [u8; 6],
     boot_mac: [u8; 6],
     guest_mac: [u8; 6],
+    announcement: [u8; ARP_SIZE],
     arrivals: Arc<Arrivals>,
     merge: bool,
     /// A frame that was read; waits here while the guest has no buffers for it.
@@ -114,13 +116,14 @@ pub struct Net<L> {
 }
 
 impl<L: Link> Net<L> {
-    /// A device that shows `boot_mac` until RESUME and `guest_mac` from then on.
-    pub fn new(link: L, boot_mac: [u8; 6], guest_mac: [u8; 6], arrivals: Arc<Arrivals>) -> Self {
+    /// A device that shows the MAC of the bootstrap until RESUME and the guest's from then on.
+    pub fn new(link: L, identity: &Identity, arrivals: Arc<Arrivals>) -> Self {
         Self {
             link,
-            mac: boot_mac,
-            boot_mac,
-            guest_mac,
+            mac: identity.boot_mac,
+            boot_mac: identity.boot_mac,
+            guest_mac: identity.mac,
+            announcement: identity.announcement(),
             arrivals,
             merge: false,
             received: vec![0; FRAME_SIZE_MAX].into(),
@@ -301,6 +304,12 @@ impl<L: Link> Device for Net<L> {
         self.mac = self.guest_mac;
     }
 
+    fn announce(&mut self) {
+        let frame = [&[0; VNET_HEADER_SIZE], &self.announcement[..]].concat();
+        // One that the tap does not take is lost, as on any network: the guest announces itself, too.
+        let _ = self.link.write(&frame);
+    }
+
     fn hold(&mut self, outgoing: Outgoing) {
         self.outgoing = outgoing;
     }
@@ -320,6 +329,7 @@ fn leaves(outgoing: &Outgoing, boot_mac: [u8; 6], frame: &mut [u8]) -> bool {
 mod tests {
     use super::*;
     use crate::virtio::flow::Flow;
+    use onde_wire::machine::INFO_SIZE;
     use std::collections::VecDeque;
     use virtio_queue::desc::{RawDescriptor, split::Descriptor};
     use virtio_queue::mock::MockSplitQueue;
@@ -353,10 +363,16 @@ mod tests {
         }
     }
 
+    fn identity() -> Identity {
+        let mut page = [0; INFO_SIZE];
+        page[..12].copy_from_slice(b"ONDEINFO\x01\0\0\0");
+        Identity { boot_mac: [2; 6], mac: [4; 6], ..Identity::parse(&page).unwrap() }
+    }
+
     fn net(incoming: &[usize], features: u64) -> Net<FakeLink> {
         let incoming = incoming.iter().map(|size| vec![0xAB; *size]).collect();
         let link = FakeLink { incoming, ..FakeLink::default() };
-        let mut net = Net::new(link, [2; 6], [4; 6], Arc::default());
+        let mut net = Net::new(link, &identity(), Arc::default());
         net.activate(features).unwrap();
         net
     }
@@ -407,6 +423,14 @@ mod tests {
         assert_eq!(served, Served { interrupt: true, more: false });
         assert_eq!(queues[RX].next_used(), 1);
         net.arrivals.wait(Duration::from_secs(60));
+    }
+
+    #[test]
+    fn a_guest_is_announced_under_its_own_mac() {
+        let mut net = net(&[], 0);
+        net.announce();
+        let expect = [&[0; VNET_HEADER_SIZE], &identity().announcement()[..]].concat();
+        assert_eq!(net.link.outgoing, [expect]);
     }
 
     #[test]
