@@ -223,7 +223,7 @@ fn every_bit_of_a_stream_counts() {
 
 #[test]
 fn heads_of_no_kind_are_refused() {
-    for (byte, value) in [(0, 0), (0, 8), (1, 1), (2, 1), (3, 1)] {
+    for (byte, value) in [(0, 0), (0, 9), (1, 1), (2, 1), (3, 1)] {
         let mut bytes = raw(0).0.emit();
         bytes[byte] = value;
         assert_eq!(Head::parse(&bytes), None);
