@@ -249,6 +249,11 @@ impl Job {
         now_ms >= self.late_ms()
     }
 
+    /// Now, or when it was told to end: the node's time to take it down is nobody's to pay.
+    fn lived_until(&self, now_ms: u64) -> u64 {
+        if self.is_going() { now_ms } else { self.ended_ms }
+    }
+
     /// When it was told to end; 0 before.
     pub fn ended_ms(&self) -> u64 {
         self.ended_ms
@@ -313,6 +318,7 @@ impl Job {
     }
 
     fn charge_for(&mut self, now_ms: u64, used: Reading) -> Verdict {
+        let now_ms = self.lived_until(now_ms);
         let time_ms = now_ms - self.charged_ms;
         self.charged_ms = now_ms;
         if time_ms <= STALL_MS {
@@ -556,7 +562,6 @@ impl Job {
     /// The meter for the customer.
     pub fn status(&self, now_ms: u64) -> JobStatus {
         let meter = self.meter();
-        let until_ms = if self.is_going() { now_ms } else { self.ended_ms };
         JobStatus {
             stage: self.stage,
             end: self.end,
@@ -567,7 +572,7 @@ impl Job {
             seconds_left: meter.seconds_left,
             purge_s: meter.purge_s,
             wake_micro: self.wake_micro(),
-            age_ms: until_ms - self.started_ms,
+            age_ms: self.lived_until(now_ms) - self.started_ms,
             cpu_us: self.meters.cpu_us,
             mem_mib_ms: self.meters.mem_mib_ms,
             sent_bytes: self.meters.sent_bytes,

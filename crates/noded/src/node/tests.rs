@@ -231,6 +231,9 @@ impl Bench {
             }
             Effect::Read(slot) => {
                 let vm = &self.vms[&slot];
+                // The last of its counters are read while it is taken down.
+                let is_going = self.node.jobs[&[vm.job; 16]].job.is_going();
+                self.now_ms += if is_going { 0 } else { 2 };
                 let busy_ms = vm.busy_from_ms.map_or(0, |from_ms| self.now_ms - from_ms);
                 let sent_bytes = (self.now_ms.min(vm.quiet_from_ms) - vm.started_ms) * 10;
                 Some(Event::Read(slot, Reading { cpu_us: busy_ms * 1000, sent_bytes }))
@@ -316,6 +319,9 @@ impl Bench {
             let certificate = job.certificate(node.config.node, node.config.incarnation);
             let paid = u64::from(certificate.last_index) * job.token().value_micro;
             assert_eq!(certificate.spent_micro + certificate.unused_micro, paid, "change was lost");
+            let status = job.status(self.now_ms);
+            let mem_max = u64::from(job.token().mem_mib) * status.age_ms;
+            assert!(status.mem_mib_ms <= mem_max, "it holds memory that is taken from it");
         }
         for (slot, vm) in &self.vms {
             let record = &node.jobs[&[vm.job; 16]];

@@ -140,7 +140,7 @@ fn waking_takes_money_and_memory() {
             (Says(1, Vmm::Saved), ""),
             (Dies(1), ""),
             (Wake(1), "Unpaid"),
-            (Pay(1, 40), "paid 40 left 39174987"),
+            (Pay(1, 40), "paid 40 left 39174985"),
             (Wake(1), "suspended"),
         ],
     );
