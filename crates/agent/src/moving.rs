@@ -46,6 +46,9 @@ const YIELDING: i32 = 7;
 const HURRYING: i32 = -20;
 /// How long FREEZE waits for an acknowledgement: it is better without, and right with it.
 const ACKNOWLEDGED_TIMEOUT: Duration = Duration::from_millis(50);
+/// How long the new VM may take nothing of what is sent frozen. Its node is gone then, and this machine goes on before those
+/// who talk to it give it up: many times what a busy node needs for an answer, and two more doublings of TCP's patience.
+const FROZEN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two words on how far a round is.
 const PROGRESS: Duration = Duration::from_millis(250);
 /// When the copy announces itself after its VMM did: an announcement that got lost must not cost a connection its life.
@@ -213,6 +216,8 @@ impl Sink for Road<'_> {
         // What breaks here breaks again at the next record.
         let _ = self.stream.out().flush_and_wipe();
         await_acknowledged(self.stream.out());
+        // A kernel that refuses keeps its own, longer time.
+        let _ = self.stream.out().set_patience(FROZEN_TIMEOUT);
     }
 }
 

@@ -215,6 +215,13 @@ impl Writer {
         self.stream.set_write_timeout(timeout)
     }
 
+    /// How long bytes may stay unacknowledged and writes may wait; the channel is broken after that.
+    pub fn set_patience(&self, time: Duration) -> io::Result<()> {
+        let time_ms = time.as_millis().try_into().unwrap_or(u32::MAX);
+        rustix::net::sockopt::set_tcp_user_timeout(&*self.stream, time_ms)?;
+        self.set_timeout(Some(time))
+    }
+
     /// The connection's two ends: here and there.
     pub fn ends(&self) -> io::Result<(SocketAddr, SocketAddr)> {
         Ok((self.stream.local_addr()?, self.stream.peer_addr()?))

@@ -5,7 +5,7 @@ use std::fs::{self, Permissions};
 use std::net::Ipv4Addr;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Stdio};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use onde_client::api::SettledBy;
@@ -30,7 +30,9 @@ const TAIL: u64 = 1 << 20;
 /// How far the clock of a VM that moved may be off, seconds: a word on its way is as late.
 const LAG: f64 = 0.15;
 /// How long a cable is out: longer than questions to the judge take, shorter than any patience.
-const OUTAGE: Duration = Duration::from_secs(4);
+const OUTAGE: Duration = Duration::from_secs(2);
+/// A frozen VM whose copy's node is gone goes on before those who talk to it give it up, which takes half a minute.
+const SOON: Duration = Duration::from_secs(20);
 
 fn number(variable: &str) -> Result<Option<u64>> {
     let text = std::env::var(variable).ok();
@@ -278,9 +280,12 @@ pub fn nodes_fail(world: &World) -> Result<()> {
     let moment = one.at_first(one.from(), one.is_frozen())?;
     let migrate = one.begin(world)?;
     wait_for(moment)?;
+    let begun = Instant::now();
     world.lab.kill_node(one.to as u8)?;
     world.lab.boot_node(one.to as u8)?;
     ensure!(one.end(migrate)?.is_none(), "the VM moved to a node without power");
+    witness.goes_on()?;
+    ensure!(begun.elapsed() < SOON, "the VM stood still for {:?}", begun.elapsed());
     ensure!(witness.only_one(world)?.id == one.job.id, "the VM is elsewhere");
 
     let one = Move::of(world, &witness)?;
