@@ -47,7 +47,8 @@ const HURRYING: i32 = -20;
 /// How long FREEZE waits for an acknowledgement: it is better without, and right with it.
 const ACKNOWLEDGED_TIMEOUT: Duration = Duration::from_millis(50);
 /// How long the new VM may take nothing of what is sent frozen. Its node is gone then, and this machine goes on before those
-/// who talk to it give it up: many times what a busy node needs for an answer, and two more doublings of TCP's patience.
+/// who talk to it give it up: many times what a busy node needs for an answer. The longer, the further apart are all tries of TCP to
+/// reach it again.
 const FROZEN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Between two words on how far a round is.
 const PROGRESS: Duration = Duration::from_millis(250);
