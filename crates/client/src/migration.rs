@@ -26,7 +26,7 @@
 //! | the loader's report | nothing: nobody waits for it |
 //! | STATUS or its answer | asked again |
 //! | STOP or its answer | sent again; the answer is the same: the certificate, or that it has resumed |
-//! | the target's node, for good | nobody answers: frozen until its next life, which knows no such job: ABORT |
+//! | the target's node, after END, for good | nobody answers: frozen until its next life, which knows no such job: ABORT |
 //! | the source, before END | the copy ends as one that was never sent; the job is lost with its node, as any |
 //! | the source, after END | the copy resumes without asking it |
 //! | the customer | neither end needs it; `onde ps` asks the judge later |
