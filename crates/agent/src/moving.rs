@@ -41,7 +41,7 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
 const IN_FLIGHT: usize = 32 << 10;
 /// The first round is most of the work and no race, since what is written meanwhile is sent again anyway: the machine's programs
 /// come first. With so much less weight (sched(7), a step is a factor of 1.25) it takes a sixth of a processor that they want, too.
-const YIELDING: i32 = 7;
+const YIELDING: i32 = 9;
 /// Frozen, all others wait for the end of the stream, and nobody hears of what they do meanwhile.
 const HURRYING: i32 = -20;
 /// How long FREEZE waits for an acknowledgement: it is better without, and right with it.

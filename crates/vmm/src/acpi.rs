@@ -122,7 +122,7 @@ fn dsdt(virtio_count: u64) -> Vec<u8> {
     aml
 }
 
-/// An interrupt as KVM's irqfd gives them: one edge, active high, not shared.
+/// An interrupt as `kvm`'s lines give them: one edge, active high, not shared.
 fn interrupt(gsi: u32) -> aml::Interrupt {
     aml::Interrupt::new(true, true, false, false, gsi)
 }

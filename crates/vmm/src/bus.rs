@@ -1,15 +1,16 @@
 //! Which device answers at which address. vCPU threads come here with every exit for I/O.
 //! Addresses where nothing is read as all ones and take writes without effect, like an empty bus.
 
+use std::convert::Infallible;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use onde_wire::machine::{CONTROL_START, PAGE_SIZE, SERIAL_PORT, VIRTIO_START, VIRTIO_STRIDE};
 use vm_superio::serial::NoEvents;
 use vm_superio::{Serial, SerialState, Trigger};
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::console::Console;
 use crate::control::{Control, Request};
+use crate::line::Line;
 use crate::virtio::mmio::Slot;
 
 /// Ports of a 16550.
@@ -17,13 +18,14 @@ const SERIAL_SIZE: u16 = 8;
 
 /// The serial port's interrupt line.
 #[derive(Clone)]
-pub struct SerialLine(pub Arc<EventFd>);
+pub struct SerialLine(pub Arc<dyn Line>);
 
 impl Trigger for SerialLine {
-    type E = std::io::Error;
+    type E = Infallible;
 
     fn trigger(&self) -> Result<(), Self::E> {
-        self.0.write(1)
+        self.0.pulse();
+        Ok(())
     }
 }
 
@@ -69,7 +71,7 @@ impl Bus {
         let Some(register) = serial_register(port) else { return };
         let mut serial = self.serial();
         for byte in data {
-            // The ring and the interrupt's eventfd take every byte.
+            // The ring takes every byte.
             let _ = serial.write(register, *byte);
         }
     }
@@ -78,8 +80,8 @@ impl Bus {
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
             Target::Control(offset) => self.control().read(offset, data),
-            Target::Virtio(slot, offset) => slot.read(offset, data),
-            Target::Nothing => data.fill(0xFF),
+            // Registers of virtio devices are memory to a guest that reads them.
+            Target::Virtio(..) | Target::Nothing => data.fill(0xFF),
         }
     }
 
@@ -141,6 +143,7 @@ mod tests {
     use super::*;
     use crate::memory;
     use onde_wire::machine::INFO_START;
+    use vmm_sys_util::eventfd::EventFd;
     use vmm_sys_util::tempfile::TempFile;
 
     fn bus() -> (Bus, EventFd) {

@@ -46,8 +46,8 @@ impl Checkpoint {
     }
 
     /// The windows, to make slots of.
-    pub fn windows(&self) -> Windows<'_> {
-        Windows { bitmap: &self.bitmap, frozen: &self.frozen }
+    pub fn windows<'a>(&'a self, registers: &'a MmapRegion) -> Windows<'a> {
+        Windows { bitmap: &self.bitmap, frozen: &self.frozen, registers }
     }
 
     /// RAM, and the disk.

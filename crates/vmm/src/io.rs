@@ -19,6 +19,9 @@ const SAVE_PERIOD: Duration = Duration::from_millis(10);
 /// How long a machine that is frozen for a copy may take to hear what became of that: a judge that can be asked answers
 /// within a second.
 const FROZEN_MAX: Duration = Duration::from_secs(10);
+/// How long the guest may not hear of a frame that left, unless something else interrupts it: it wants to know, but waits for
+/// nothing. An answer mostly brings about the next question sooner.
+const LATE: Duration = Duration::from_millis(10);
 /// Events taken at once.
 const EVENTS_MAX: usize = 16;
 
@@ -38,13 +41,22 @@ pub struct Io<'a> {
     drop_boot_at: Option<Instant>,
     /// Since when `noded` wants the machine saved, where it was not possible yet.
     save_wanted: Option<Instant>,
+    /// When an interrupt of the network device can wait no longer.
+    late_at: Option<Instant>,
 }
 
 impl<'a> Io<'a> {
     /// Registers all descriptors.
     pub fn new(machine: &'a Machine, doorbells: &'a [Doorbell]) -> Result<Self, Fault> {
         let epoll = Epoll::new().fault(Part::Io, "create epoll")?;
-        let io = Self { machine, doorbells, epoll, drop_boot_at: None, save_wanted: None };
+        let io = Self {
+            machine,
+            doorbells,
+            epoll,
+            drop_boot_at: None,
+            save_wanted: None,
+            late_at: None,
+        };
         io.listen().fault(Part::Io, "register with epoll")?;
         Ok(io)
     }
@@ -83,6 +95,7 @@ impl<'a> Io<'a> {
             if let Some(outcome) = self.machine.take_outcome() {
                 return outcome;
             }
+            self.step_late();
             if let Err(fault) = self.step_boot(Instant::now()) {
                 return Outcome::Fault(fault);
             }
@@ -90,7 +103,8 @@ impl<'a> Io<'a> {
     }
 
     fn timeout_ms(&self) -> i32 {
-        match self.drop_boot_at {
+        let next = self.drop_boot_at.into_iter().chain(self.late_at).min();
+        match next {
             _ if self.save_wanted.is_some() => SAVE_PERIOD.as_millis() as i32,
             None => -1,
             // One more, so that the time has come when the wait is over.
@@ -105,13 +119,30 @@ impl<'a> Io<'a> {
         match data {
             NODED => self.obey(),
             WAKE => _ = self.machine.wake.read(),
-            TAP => self.machine.bus.virtio[VIRTIO_NET as usize].process(RX),
+            TAP => self.process(VIRTIO_NET as usize, RX),
             _ => {
                 let doorbell = &self.doorbells[(data - DOORBELLS) as usize];
                 // Before serving, so that a ring during it is not lost.
                 let _ = doorbell.bell.read();
-                self.machine.bus.virtio[doorbell.position].process(doorbell.queue);
+                self.process(doorbell.position, doorbell.queue);
             }
+        }
+    }
+
+    fn process(&mut self, position: usize, queue: usize) {
+        let waits = self.machine.bus.virtio[position].process(queue);
+        if position == VIRTIO_NET as usize {
+            self.late_at = waits.then(|| self.late_at.unwrap_or_else(|| Instant::now() + LATE));
+        }
+    }
+
+    /// Raises the interrupt that can wait no longer.
+    fn step_late(&mut self) {
+        if self.late_at.is_some_and(|at| at <= Instant::now()) {
+            self.late_at = None;
+            let machine = self.machine;
+            let _turn = machine.io_turn();
+            machine.bus.virtio[VIRTIO_NET as usize].interrupt_late();
         }
     }
 

@@ -34,13 +34,14 @@ use crate::fault::{Context, Fault, Part};
 use crate::gathering::Gathering;
 use crate::kvm::vcpu::Vcpu;
 use crate::kvm::{Vm, eventfd};
-use crate::memory::{Disk, Memory, View, map_console, map_info};
+use crate::line::Line;
+use crate::memory::{Disk, Memory, View, map_console, map_info, map_registers};
 use crate::noded::Noded;
+use crate::virtio::Device;
 use crate::virtio::blk::Blk;
-use crate::virtio::mmio::{QUEUE_NOTIFY, Slot};
+use crate::virtio::mmio::{ACK_USED, INTERRUPT_ACK, QUEUE_NOTIFY, Slot, Wiring};
 use crate::virtio::net::{Arrivals, Net};
 use crate::virtio::rng::Rng;
-use crate::virtio::{Device, Interrupt};
 use crate::{acpi, mstrap, saved};
 
 /// The shape of a machine, from the command line.
@@ -129,7 +130,7 @@ pub struct Machine {
     // Never read after start: a slot refers to it as long as the VM lives.
     _info: MmapRegion,
     tap: RawFd,
-    power_line: EventFd,
+    power_line: Arc<dyn Line>,
     handed_over: AtomicBool,
     boot_is_over: AtomicBool,
     ended: AtomicBool,
@@ -161,7 +162,9 @@ pub fn build(shape: Shape, origin: Origin, given: Descriptors) -> Result<Built, 
     let view = memory.ram_and_boot.clone();
     let disk = memory.disk.clone();
     let checkpoint = Checkpoint::new(memory.ram.clone(), disk.clone(), shape.space)?;
-    let vm = Vm::new(given.kvm, &view, disk.as_deref(), &info, &checkpoint.windows())?;
+    let registers = Arc::new(map_registers(shape.device_count())?);
+    let windows = checkpoint.windows(&registers);
+    let vm = Vm::new(given.kvm, &view, disk.as_deref(), &info, &windows)?;
     let vcpus = create_vcpus(&vm, shape.vcpus)?;
     if origin == Origin::Loader {
         vcpus[0].enter_mstrap(load_mstrap(given.mstrap, &view, &shape.space)?)?;
@@ -174,16 +177,16 @@ pub fn build(shape: Shape, origin: Origin, given: Descriptors) -> Result<Built, 
     let mut doorbells = Vec::new();
     let mut slots = Vec::new();
     for (position, device) in devices.into_iter().enumerate() {
-        slots.push(plug(&vm, &view, position, device, &mut doorbells)?);
+        slots.push(plug(&vm, &view, position, device, &registers, &mut doorbells)?);
     }
     assert_eq!(slots.len(), shape.device_count());
-    let line = SerialLine(Arc::new(vm.interrupt_line(SERIAL_GSI)?));
+    let line = SerialLine(vm.interrupt_line(SERIAL_GSI));
     let machine = Machine {
         bus: Bus::new(line, Console::new(map_console(given.console)?), slots),
         noded: Noded::new(given.control),
         arrivals,
         wake: eventfd()?,
-        power_line: vm.interrupt_line(GED_GSI)?,
+        power_line: vm.interrupt_line(GED_GSI),
         vm,
         gathering: Gathering::new(shape.vcpus),
         shape,
@@ -254,17 +257,20 @@ fn plug(
     view: &Arc<View>,
     position: usize,
     device: Box<dyn Device>,
+    registers: &Arc<MmapRegion>,
     doorbells: &mut Vec<Doorbell>,
 ) -> Result<Slot, Fault> {
-    let line = vm.interrupt_line(VIRTIO_GSI + position as u32)?;
-    let address = VIRTIO_START + position as u64 * VIRTIO_STRIDE + QUEUE_NOTIFY;
+    let line = vm.interrupt_line(VIRTIO_GSI + position as u32);
+    let start = VIRTIO_START + position as u64 * VIRTIO_STRIDE;
+    vm.ignore(start + INTERRUPT_ACK, ACK_USED)?;
     let mut kicks = Vec::new();
     for queue in 0..device.queue_sizes().len() {
-        let bell = vm.doorbell(address, queue as u32)?;
+        let bell = vm.doorbell(start + QUEUE_NOTIFY, queue as u32)?;
         kicks.push(bell.try_clone().fault(Part::Io, "clone a doorbell")?);
         doorbells.push(Doorbell { position, queue, bell });
     }
-    Ok(Slot::new(device, Arc::new(Interrupt::new(line)), kicks, view.clone()))
+    let wiring = Wiring { line, kicks, registers: registers.clone(), position };
+    Ok(Slot::new(device, wiring, view.clone()))
 }
 
 impl Machine {
@@ -334,7 +340,7 @@ impl Machine {
     /// Presses the power button.
     pub fn press_power_button(&self) {
         self.bus.control().press_power_button();
-        let _ = self.power_line.write(1);
+        self.power_line.pulse();
     }
 
     /// Ends the machine; the first outcome counts. Threads return as soon as they notice.

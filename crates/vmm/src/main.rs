@@ -12,6 +12,7 @@ mod fault;
 mod gathering;
 mod io;
 mod kvm;
+mod line;
 mod machine;
 mod memory;
 mod mstrap;

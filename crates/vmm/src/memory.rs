@@ -5,7 +5,9 @@
 use std::fs::File;
 use std::sync::Arc;
 
-use onde_wire::machine::{BOOT_SIZE, BOOT_START, CONSOLE_RING_SIZE, DISK_START, PAGE_SIZE, Space};
+use onde_wire::machine::{
+    BOOT_SIZE, BOOT_START, CONSOLE_RING_SIZE, DISK_START, PAGE_SIZE, Space, VIRTIO_STRIDE,
+};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap, NewBitmap};
 use vm_memory::mmap::{MmapRegion, MmapRegionBuilder};
 use vm_memory::{
@@ -198,7 +200,12 @@ pub fn map_bitmap(size: u64) -> Result<MmapRegion, Fault> {
     anonymous(size.next_multiple_of(PAGE_SIZE))
 }
 
-/// FROZEN, the other one. In huge pages: it is filled and read while the guest stands still.
+/// What the registers of `count` virtio devices read as, a page each: also a window that the guest reads.
+pub fn map_registers(count: usize) -> Result<MmapRegion, Fault> {
+    anonymous(count as u64 * VIRTIO_STRIDE)
+}
+
+/// FROZEN, another one. In huge pages: it is filled and read while the guest stands still.
 pub fn map_frozen(size: u64) -> Result<MmapRegion, Fault> {
     aligned(size.next_multiple_of(HUGE_PAGE), rustix::mm::Advice::LinuxHugepage)
 }

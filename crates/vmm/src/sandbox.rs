@@ -70,6 +70,7 @@ const VCPU_IOCTLS: &[u64] = &[
     0x8400_AE8E, // KVM_GET_LAPIC
     0x8004_AE98, // KVM_GET_MP_STATE
     0x4004_AE99, // KVM_SET_MP_STATE
+    IRQ_LINE,
     0x8040_AE9F, // KVM_GET_VCPU_EVENTS
     0x8080_AEA1, // KVM_GET_DEBUGREGS
     0xAEA2,      // KVM_SET_TSC_KHZ
@@ -87,8 +88,12 @@ const VCPU_IOCTLS: &[u64] = &[
     TUNSETOFFLOAD,
 ];
 
-/// KVM's calls to drop BOOT, and to save what of the machine is no vCPU's.
+/// `KVM_IRQ_LINE`, as devices raise interrupts.
+const IRQ_LINE: u64 = 0x4008_AE61;
+
+/// KVM's calls to interrupt the guest, to drop BOOT, and to save what of the machine is no vCPU's.
 const IO_IOCTLS: &[u64] = &[
+    IRQ_LINE,
     0x4020_AE46, // KVM_SET_USER_MEMORY_REGION
     0xC208_AE62, // KVM_GET_IRQCHIP
     0x8030_AE7C, // KVM_GET_CLOCK

@@ -15,7 +15,7 @@ use crate::checkpoint::Refused;
 use crate::machine::Shape;
 
 /// Version of all that is in the fields. Each change of any of them, or of the devices, counts it up.
-const LAYOUT_VERSION: u32 = 2;
+const LAYOUT_VERSION: u32 = 3;
 /// Bytes before the first field.
 pub const HEAD_SIZE: usize = 16;
 

@@ -56,7 +56,7 @@ pub const FROZEN_START: u64 = 0xA0_0000_0000;
 /// Most pages that FREEZE copies (16 MiB): what a VM's memory allowance has room for beyond its RAM, and
 /// what a link of 1 Gbit/s carries in 130 ms. With more dirty pages FREEZE does nothing.
 pub const FROZEN_PAGES_MAX: u64 = 4096;
-/// First virtio-mmio device; the n-th is `VIRTIO_STRIDE` further.
+/// First virtio-mmio device; the n-th is `VIRTIO_STRIDE` further. Its registers read as memory does, without an exit.
 pub const VIRTIO_START: u64 = 0xD001_0000;
 /// Distance between two virtio-mmio devices, bytes.
 pub const VIRTIO_STRIDE: u64 = 0x1000;

@@ -12,6 +12,7 @@ pub mod vcpu_state;
 
 use std::io;
 use std::os::fd::{FromRawFd, IntoRawFd, OwnedFd};
+use std::sync::Arc;
 
 use kvm_bindings::{
     CpuId, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQCHIP_IOAPIC, KVM_MAX_CPUID_ENTRIES, KVM_MEM_READONLY,
@@ -20,7 +21,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{IoEventAddress, Kvm, VcpuFd, VmFd};
 use onde_wire::machine::{
-    BITMAP_START, BOOT_START, DISK_START, FROZEN_START, INFO_START, MIRROR_START,
+    BITMAP_START, BOOT_START, DISK_START, FROZEN_START, INFO_START, MIRROR_START, VIRTIO_START,
 };
 use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::MmapRegion;
@@ -28,6 +29,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::fault::{Context, Fault, Part};
+use crate::line::Line;
 use crate::memory::{Disk, View};
 
 /// Memory slots by number. Those of RAM and of its mirror are in address order, two at most.
@@ -39,6 +41,7 @@ const SLOT_BITMAP: u32 = 6;
 const SLOT_FROZEN: u32 = 7;
 const SLOT_DISK: u32 = 8;
 const SLOT_DISK_MIRROR: u32 = 9;
+const SLOT_REGISTERS: u32 = 10;
 
 /// Pages that Intel hosts without "unrestricted guest" need: below the local APICs, in the hole.
 const TSS_ADDRESS: usize = 0xFFFB_D000;
@@ -47,17 +50,19 @@ const IDENTITY_MAP_ADDRESS: u64 = 0xFFFB_C000;
 /// Lines of KVM's I/O APIC.
 const IOAPIC_PINS: u32 = 24;
 
-/// The windows through which a guest sees its own pages and state, beside MIRROR.
+/// The windows through which a guest sees its own pages and state, beside MIRROR, and what its devices read as.
 pub struct Windows<'a> {
     /// BITMAP.
     pub bitmap: &'a MmapRegion,
     /// FROZEN.
     pub frozen: &'a MmapRegion,
+    /// What the registers of virtio devices read as.
+    pub registers: &'a MmapRegion,
 }
 
 /// A virtual machine.
 pub struct Vm {
-    fd: VmFd,
+    fd: Arc<VmFd>,
     cpuid: CpuId,
     /// The MSRs that KVM names as a vCPU's state.
     msrs: Vec<u32>,
@@ -85,7 +90,7 @@ impl Vm {
         let msrs = kvm.get_msr_index_list().fault(Part::Kvm, "ask for MSRs")?.as_slice().to_vec();
         fd.set_tss_address(TSS_ADDRESS).fault(Part::Kvm, "set TSS address")?;
         fd.set_identity_map_address(IDENTITY_MAP_ADDRESS).fault(Part::Kvm, "set identity map")?;
-        let mut vm = Self { fd, cpuid, msrs, ioapic: kvm_irqchip::default() };
+        let mut vm = Self { fd: Arc::new(fd), cpuid, msrs, ioapic: kvm_irqchip::default() };
         vm.keep_logs()?;
         vm.set_slots(view, disk, info, windows).fault(Part::Kvm, "set memory slots")?;
         vm.fd.create_irq_chip().fault(Part::Kvm, "create interrupt controllers")?;
@@ -137,7 +142,8 @@ impl Vm {
         }
         self.set_slot(SLOT_INFO, INFO_START, info, KVM_MEM_READONLY)?;
         self.set_slot(SLOT_BITMAP, BITMAP_START, windows.bitmap, KVM_MEM_READONLY)?;
-        self.set_slot(SLOT_FROZEN, FROZEN_START, windows.frozen, KVM_MEM_READONLY)
+        self.set_slot(SLOT_FROZEN, FROZEN_START, windows.frozen, KVM_MEM_READONLY)?;
+        self.set_slot(SLOT_REGISTERS, VIRTIO_START, windows.registers, KVM_MEM_READONLY)
     }
 
     fn set_slot<B: Bitmap>(
@@ -166,11 +172,9 @@ impl Vm {
         unsafe { self.fd.set_user_memory_region(region) }.fault(Part::Kvm, "drop BOOT")
     }
 
-    /// An eventfd whose write is an edge on `gsi`.
-    pub fn interrupt_line(&self, gsi: u32) -> Result<EventFd, Fault> {
-        let line = eventfd()?;
-        self.fd.register_irqfd(&line, gsi).fault(Part::Kvm, "register an interrupt")?;
-        Ok(line)
+    /// The line `gsi` of the I/O APIC.
+    pub fn interrupt_line(&self, gsi: u32) -> Arc<dyn Line> {
+        Arc::new(Pin { vm: self.fd.clone(), gsi })
     }
 
     /// An eventfd that counts the guest's 32-bit writes of `value` to `address`.
@@ -179,6 +183,12 @@ impl Vm {
         let address = IoEventAddress::Mmio(address);
         self.fd.register_ioevent(&bell, &address, value).fault(Part::Kvm, "register a doorbell")?;
         Ok(bell)
+    }
+
+    /// Has KVM drop the guest's 32-bit writes of `value` to `address`.
+    pub fn ignore(&self, address: u64, value: u32) -> Result<(), Fault> {
+        // It counts them, and keeps what it counts with.
+        self.doorbell(address, value).map(drop)
     }
 
     /// A vCPU with its CPU features set.
@@ -197,6 +207,22 @@ impl Vm {
     /// Puts the I/O APIC back to what it was before anything ran.
     pub fn reset_ioapic(&self) -> io::Result<()> {
         self.fd.set_irqchip(&self.ioapic).map_err(io::Error::from)
+    }
+}
+
+/// A line of the I/O APIC. An irqfd would be led there by a kernel thread: two switches between tasks for each interrupt.
+struct Pin {
+    vm: Arc<VmFd>,
+    gsi: u32,
+}
+
+impl Line for Pin {
+    fn pulse(&self) {
+        for level in [true, false] {
+            let set = self.vm.set_irq_line(self.gsi, level);
+            // The controller is there as long as the VM, and has this line.
+            set.expect("KVM takes a level of a line that it has");
+        }
     }
 }
 

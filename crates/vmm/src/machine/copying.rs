@@ -166,7 +166,7 @@ impl Machine {
             return;
         }
         if source.control.has_event() {
-            let _ = self.power_line.write(1);
+            self.power_line.pulse();
         }
         if source.control.role() != ROLE_FORKED {
             // It goes on under its own addresses. Before it runs: what bridges still take to where it was waits for nobody.

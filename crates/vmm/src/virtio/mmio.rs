@@ -1,5 +1,6 @@
 //! Virtio over MMIO, version 2 (virtio 1.2, 4.2): the registers of one device and the life of its
-//! driver. Called by vCPU threads for register accesses and by the I/O thread for the rings.
+//! driver. Called by vCPU threads for writes to registers and by the I/O thread for the rings. What registers read as
+//! lies in a page that the guest sees, so reading costs no exit.
 //!
 //! ```text
 //!   reset -> ACKNOWLEDGE -> DRIVER -> FEATURES_OK -> DRIVER_OK -> (NEEDS_RESET)
@@ -10,11 +11,15 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use onde_wire::bytes::Reader;
+use onde_wire::machine::VIRTIO_STRIDE;
 use virtio_queue::{Queue, QueueState, QueueT};
+use vm_memory::mmap::MmapRegion;
+use vm_memory::{Bytes, VolatileMemory};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::ring::Served;
-use super::{Device, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Interrupt, Outgoing};
+use super::ring::{Due, Served};
+use super::{Device, FEATURE_EVENT_IDX, FEATURE_INDIRECT, FEATURE_VERSION_1, Outgoing};
+use crate::line::Line;
 use crate::memory::View;
 
 /// Register offsets.
@@ -32,7 +37,6 @@ mod reg {
     pub const QUEUE_NUM: u64 = 0x38;
     pub const QUEUE_READY: u64 = 0x44;
     pub const INTERRUPT_STATUS: u64 = 0x60;
-    pub const INTERRUPT_ACK: u64 = 0x64;
     pub const STATUS: u64 = 0x70;
     pub const QUEUE_DESC_LOW: u64 = 0x80;
     pub const QUEUE_DESC_HIGH: u64 = 0x84;
@@ -45,6 +49,20 @@ mod reg {
 /// Where the guest writes a queue's number to have it served. KVM turns each such write into an
 /// eventfd of the I/O thread, so none comes through here.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+
+/// Where the guest acknowledges interrupts. KVM drops each write of [`ACK_USED`] there.
+pub const INTERRUPT_ACK: u64 = 0x64;
+/// The value that a guest acknowledges an interrupt with, and nothing but that.
+pub const ACK_USED: u32 = interrupt::USED;
+
+/// Bits of INTERRUPT_STATUS.
+mod interrupt {
+    /// A ring was used. Set as long as the driver is live: what it is told of is in the rings, and it need not come to us to
+    /// learn that it has to look there, nor to say that it does.
+    pub const USED: u32 = 1;
+    /// Configuration or device status changed.
+    pub const CONFIG: u32 = 2;
+}
 
 /// "virt".
 const MAGIC: u32 = 0x7472_6976;
@@ -60,21 +78,25 @@ mod status {
 
 /// A device with its transport: what the bus and the I/O thread hold.
 pub struct Slot {
-    interrupt: Arc<Interrupt>,
     transport: Mutex<Transport>,
 }
 
+/// What leads from a device to its guest.
+pub struct Wiring {
+    /// Its interrupt.
+    pub line: Arc<dyn Line>,
+    /// An eventfd for each queue.
+    pub kicks: Vec<EventFd>,
+    /// What its registers read as, a page for each position, which the guest cannot write.
+    pub registers: Arc<MmapRegion>,
+    /// Its position.
+    pub position: usize,
+}
+
 impl Slot {
-    /// A device after power-on. `kicks` has an eventfd for each queue, `view` is what it may
-    /// touch of guest memory.
-    pub fn new(
-        device: Box<dyn Device>,
-        interrupt: Arc<Interrupt>,
-        kicks: Vec<EventFd>,
-        view: Arc<View>,
-    ) -> Self {
-        let transport = Transport::new(device, interrupt.clone(), kicks, view);
-        Self { interrupt, transport: Mutex::new(transport) }
+    /// A device after power-on; `view` is what it may touch of guest memory.
+    pub fn new(device: Box<dyn Device>, wiring: Wiring, view: Arc<View>) -> Self {
+        Self { transport: Mutex::new(Transport::new(device, wiring, view)) }
     }
 
     fn lock(&self) -> MutexGuard<'_, Transport> {
@@ -82,29 +104,28 @@ impl Slot {
         self.transport.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Reads a register.
-    pub fn read(&self, offset: u64, data: &mut [u8]) {
-        match (offset, data.len()) {
-            (reg::INTERRUPT_STATUS, 4) => {
-                data.copy_from_slice(&self.interrupt.status().to_le_bytes());
-            }
-            _ => self.lock().read(offset, data),
-        }
-    }
-
     /// Writes a register.
     pub fn write(&self, offset: u64, data: &[u8]) {
         let Ok(bytes) = data.try_into() else { return };
-        let value = u32::from_le_bytes(bytes);
-        match offset {
-            reg::INTERRUPT_ACK => self.interrupt.acknowledge(value),
-            _ => self.lock().write(offset, value),
-        }
+        let mut transport = self.lock();
+        transport.write(offset, u32::from_le_bytes(bytes));
+        transport.show();
     }
 
-    /// Serves queue `index`: the guest rang, or its host side has something.
-    pub fn process(&self, index: usize) {
-        self.lock().process(index);
+    /// Serves queue `index`: the guest rang, or its host side has something. Returns whether an interrupt is due that can
+    /// wait, for [`Self::interrupt_late`].
+    pub fn process(&self, index: usize) -> bool {
+        let mut transport = self.lock();
+        transport.process(index);
+        transport.interrupt_waits
+    }
+
+    /// Raises the interrupt that waited, unless another one took its place.
+    pub fn interrupt_late(&self) {
+        let mut transport = self.lock();
+        if transport.interrupt_waits {
+            transport.interrupt();
+        }
     }
 
     /// RESUME: resets the device and hands it to the guest, with RAM as all it may touch.
@@ -113,6 +134,7 @@ impl Slot {
         transport.reset();
         transport.view = ram;
         transport.device.hand_over();
+        transport.show();
     }
 
     /// Tells the network where the guest is.
@@ -149,14 +171,13 @@ pub struct Saved {
     driver_features_select: u32,
     driver_features: u64,
     status: u32,
-    interrupt: u32,
+    config_changed: bool,
     queues: Vec<Queue>,
 }
 
 struct Transport {
     device: Box<dyn Device>,
-    interrupt: Arc<Interrupt>,
-    kicks: Vec<EventFd>,
+    wiring: Wiring,
     view: Arc<View>,
     queues: Vec<Queue>,
     queue_select: u32,
@@ -164,30 +185,32 @@ struct Transport {
     driver_features_select: u32,
     driver_features: u64,
     status: u32,
+    /// The driver has not acknowledged yet that configuration or status changed.
+    config_changed: bool,
+    /// An interrupt is due that can wait.
+    interrupt_waits: bool,
 }
 
 impl Transport {
-    fn new(
-        device: Box<dyn Device>,
-        interrupt: Arc<Interrupt>,
-        kicks: Vec<EventFd>,
-        view: Arc<View>,
-    ) -> Self {
+    fn new(device: Box<dyn Device>, wiring: Wiring, view: Arc<View>) -> Self {
         let sizes = device.queue_sizes();
-        assert_eq!(sizes.len(), kicks.len());
+        assert_eq!(sizes.len(), wiring.kicks.len());
         let queue = |&size| Queue::new(size).expect("queue sizes are powers of two");
-        Self {
+        let transport = Self {
             queues: sizes.iter().map(queue).collect(),
             device,
-            interrupt,
-            kicks,
+            wiring,
             view,
             queue_select: 0,
             device_features_select: 0,
             driver_features_select: 0,
             driver_features: 0,
             status: 0,
-        }
+            config_changed: false,
+            interrupt_waits: false,
+        };
+        transport.show();
+        transport
     }
 
     fn offered(&self) -> u64 {
@@ -198,32 +221,40 @@ impl Transport {
         self.queues.get(self.queue_select as usize)
     }
 
-    fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset >= reg::CONFIG {
-            return self.read_config((offset - reg::CONFIG) as usize, data);
-        }
-        let Ok(word) = <&mut [u8; 4]>::try_from(data) else { return };
-        let value = match offset {
-            reg::MAGIC => MAGIC,
-            reg::VERSION => 2,
-            reg::DEVICE_ID => self.device.id(),
-            reg::VENDOR_ID => VENDOR,
-            reg::DEVICE_FEATURES => half(self.offered(), self.device_features_select),
-            reg::QUEUE_NUM_MAX => self.selected().map_or(0, |queue| queue.max_size().into()),
-            reg::QUEUE_READY => self.selected().map_or(0, |queue| queue.ready().into()),
-            reg::STATUS => self.status,
-            // The configuration generation too: it changes only at RESUME, with a reset.
-            _ => 0,
+    /// Puts what the registers read as into their page, after whatever may have changed them. All others are zero; so is the
+    /// configuration's generation, which changes only at RESUME, with a reset.
+    fn show(&self) {
+        let of_queue = |value: fn(&Queue) -> u32| self.selected().map_or(0, value);
+        let words = [
+            (reg::MAGIC, MAGIC),
+            (reg::VERSION, 2),
+            (reg::DEVICE_ID, self.device.id()),
+            (reg::VENDOR_ID, VENDOR),
+            (reg::DEVICE_FEATURES, half(self.offered(), self.device_features_select)),
+            (reg::QUEUE_NUM_MAX, of_queue(|queue| queue.max_size().into())),
+            (reg::QUEUE_READY, of_queue(|queue| queue.ready().into())),
+            (reg::INTERRUPT_STATUS, self.interrupt_status()),
+            (reg::STATUS, self.status),
+        ];
+        let start = self.wiring.position * VIRTIO_STRIDE as usize;
+        let page = self.wiring.registers.as_volatile_slice();
+        let put = |offset: u64, bytes: &[u8]| {
+            let put = page.write_slice(bytes, start + offset as usize);
+            put.expect("each position has a page of registers");
         };
-        *word = value.to_le_bytes();
+        words.iter().for_each(|(offset, word)| put(*offset, &word.to_le_bytes()));
+        put(reg::CONFIG, &self.device.config());
     }
 
-    fn read_config(&self, at: usize, data: &mut [u8]) {
-        let config = self.device.config();
-        for (index, byte) in data.iter_mut().enumerate() {
-            *byte = config.get(at + index).copied().unwrap_or(0);
-        }
+    /// Whether rings are served.
+    fn is_live(&self) -> bool {
+        let running = status::DRIVER_OK | status::FEATURES_OK;
+        self.status & (running | status::NEEDS_RESET) == running
+    }
+
+    fn interrupt_status(&self) -> u32 {
+        let used = if self.is_live() { interrupt::USED } else { 0 };
+        used | if self.config_changed { interrupt::CONFIG } else { 0 }
     }
 
     fn write(&mut self, offset: u64, value: u32) {
@@ -233,6 +264,7 @@ impl Transport {
             reg::DRIVER_FEATURES => self.set_driver_features(value),
             reg::QUEUE_SEL => self.queue_select = value,
             reg::STATUS => self.set_status(value),
+            INTERRUPT_ACK => self.config_changed &= value & interrupt::CONFIG == 0,
             _ => self.write_queue(offset, value),
         }
     }
@@ -300,15 +332,13 @@ impl Transport {
             return self.fail();
         }
         // What came for the device before its driver was ready waits for these.
-        for kick in &self.kicks {
+        for kick in &self.wiring.kicks {
             let _ = kick.write(1);
         }
     }
 
     fn process(&mut self, index: usize) {
-        let running = status::DRIVER_OK | status::FEATURES_OK;
-        let stopped = self.status & (running | status::NEEDS_RESET) != running;
-        if stopped || !self.queues.get(index).is_some_and(Queue::ready) {
+        if !self.is_live() || !self.queues.get(index).is_some_and(Queue::ready) {
             return;
         }
         match self.device.process(&mut self.queues, index, &self.view) {
@@ -318,11 +348,14 @@ impl Transport {
     }
 
     fn finish(&mut self, index: usize, served: Served) {
-        if served.interrupt {
-            self.interrupt.raise(Interrupt::USED);
+        match served.interrupt {
+            Due::Never => {}
+            // A second one that can wait is one too many: a sender may stop at two.
+            Due::Later if !self.interrupt_waits => self.interrupt_waits = true,
+            Due::Later | Due::Now => self.interrupt(),
         }
         if served.more {
-            let _ = self.kicks[index].write(1);
+            let _ = self.wiring.kicks[index].write(1);
         }
     }
 
@@ -334,7 +367,7 @@ impl Transport {
         out.extend(self.driver_features_select.to_le_bytes());
         out.extend(self.driver_features.to_le_bytes());
         out.extend(self.status.to_le_bytes());
-        out.extend(self.interrupt.status().to_le_bytes());
+        out.extend(self.interrupt_status().to_le_bytes());
         for queue in &self.queues {
             let state = queue.state();
             for value in [state.size, state.next_avail, state.next_used] {
@@ -359,7 +392,7 @@ impl Transport {
             driver_features_select: r.u32()?,
             driver_features: r.u64()?,
             status: r.u32()?,
-            interrupt: r.u32()?,
+            config_changed: r.u32()? & interrupt::CONFIG != 0,
             queues: Vec::new(),
         };
         if saved.driver_features & !self.offered() != 0 {
@@ -394,24 +427,37 @@ impl Transport {
             let good = queue.ready() && queue.is_valid(&*self.view);
             queue.set_ready(good);
         }
-        self.interrupt.load(saved.interrupt);
-        let running = status::DRIVER_OK | status::FEATURES_OK;
-        if self.status & (running | status::NEEDS_RESET) == running {
+        self.config_changed = saved.config_changed;
+        if self.is_live() {
             // Rings that the copy's source was rung for and had not served are served now.
             self.start();
         }
+        if self.interrupt_status() != 0 {
+            // Once more: the last one may have waited, or come when the source's vCPU was saved already.
+            self.interrupt();
+        }
+        self.show();
     }
 
     /// The driver broke the rules: no more service until it resets the device.
     fn fail(&mut self) {
         self.status |= status::NEEDS_RESET;
-        self.interrupt.raise(Interrupt::CONFIG);
+        self.config_changed = true;
+        self.show();
+        self.interrupt();
+    }
+
+    /// The driver looks at all its rings at each.
+    fn interrupt(&mut self) {
+        self.interrupt_waits = false;
+        self.wiring.line.pulse();
     }
 
     fn reset(&mut self) {
         self.device.reset();
         self.queues.iter_mut().for_each(QueueT::reset);
-        self.interrupt.acknowledge(u32::MAX);
+        self.config_changed = false;
+        self.interrupt_waits = false;
         self.status = 0;
         self.driver_features = 0;
         self.queue_select = 0;
@@ -441,17 +487,22 @@ mod tests {
     const DRIVER: u32 = 1 | 2;
     const WRITABLE: u16 = 2;
 
-    fn slot(view: Arc<View>) -> (Slot, EventFd) {
-        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap()));
-        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        (Slot::new(Box::new(Rng), interrupt, vec![kick], view), line)
+    /// A device at the second position, and what it raises and is rung by.
+    fn slot(view: Arc<View>) -> (Slot, EventFd, EventFd) {
+        let [line, kick] = [(); 2].map(|()| EventFd::new(libc::EFD_NONBLOCK).unwrap());
+        let wiring = Wiring {
+            line: Arc::new(line.try_clone().unwrap()),
+            kicks: vec![kick.try_clone().unwrap()],
+            registers: Arc::new(crate::memory::map_registers(2).unwrap()),
+            position: 1,
+        };
+        (Slot::new(Box::new(Rng), wiring, view), line, kick)
     }
 
+    /// As the guest reads it.
     fn get(slot: &Slot, offset: u64) -> u32 {
-        let mut data = [0; 4];
-        slot.read(offset, &mut data);
-        u32::from_le_bytes(data)
+        let registers = slot.lock().wiring.registers.clone();
+        registers.as_volatile_slice().read_obj((VIRTIO_STRIDE + offset) as usize).unwrap()
     }
 
     fn set(slot: &Slot, writes: &[(u64, u32)]) {
@@ -474,21 +525,20 @@ mod tests {
 
     #[test]
     fn identifies_itself() {
-        let (slot, _) = slot(view());
+        let (slot, ..) = slot(view());
         assert_eq!(get(&slot, reg::MAGIC).to_le_bytes(), *b"virt");
         assert_eq!((get(&slot, reg::VERSION), get(&slot, reg::DEVICE_ID)), (2, 4));
         assert_eq!(get(&slot, reg::QUEUE_NUM_MAX), 64);
         set(&slot, &[(reg::QUEUE_SEL, 1)]);
         assert_eq!(get(&slot, reg::QUEUE_NUM_MAX), 0);
-        let mut byte = [7];
-        slot.read(reg::MAGIC, &mut byte);
-        assert_eq!(byte, [0]);
+        let other = slot.lock().wiring.registers.as_volatile_slice().read_obj::<u32>(0).unwrap();
+        assert_eq!(other, 0, "the other position's page was written");
     }
 
     #[test]
     fn features_are_taken_only_if_modern_and_offered() {
         for (low, high, expect) in [(0, 1, true), (0, 0, false), (1, 1, false)] {
-            let (slot, _) = slot(view());
+            let (slot, ..) = slot(view());
             let ok = negotiate(&slot, low, high) & status::FEATURES_OK != 0;
             assert_eq!(ok, expect, "{low:#x} {high:#x}");
         }
@@ -499,7 +549,7 @@ mod tests {
         let mock = MockSplitQueue::new(&*view, 16);
         let chain = [RawDescriptor::from(Descriptor::new(0x8000, 64, WRITABLE, 0))];
         mock.add_desc_chains(&chain, 0).unwrap();
-        let (slot, line) = slot(view.clone());
+        let (slot, line, _) = slot(view.clone());
         negotiate(&slot, 0, 1);
         set(&slot, &[(reg::QUEUE_SEL, 0), (reg::QUEUE_NUM, 16)]);
         set(&slot, &[(reg::QUEUE_DESC_LOW, mock.desc_table_addr().0 as u32)]);
@@ -519,8 +569,44 @@ mod tests {
     fn serves_a_ring_and_interrupts() {
         let (slot, line, bytes) = serve_one(view());
         assert!(bytes.iter().any(|byte| *byte != 0));
-        assert_eq!((line.read().unwrap(), get(&slot, reg::INTERRUPT_STATUS)), (1, 1));
-        set(&slot, &[(reg::INTERRUPT_ACK, 1)]);
+        assert_eq!((line.read().unwrap(), get(&slot, reg::INTERRUPT_STATUS)), (1, ACK_USED));
+        // Where it has to look it is told anew by each interrupt, whatever it acknowledged.
+        set(&slot, &[(INTERRUPT_ACK, ACK_USED)]);
+        assert_eq!(get(&slot, reg::INTERRUPT_STATUS), ACK_USED);
+    }
+
+    #[test]
+    fn an_interrupt_that_can_wait_is_raised_once() {
+        let (slot, line, _) = slot(view());
+        let serve = |interrupt| {
+            slot.lock().finish(0, Served { interrupt, more: false });
+            line.read().is_ok()
+        };
+        assert!(!serve(Due::Later));
+        assert!(!serve(Due::Never));
+        slot.interrupt_late();
+        assert!(line.read().is_ok(), "nobody heard of it");
+        slot.interrupt_late();
+        assert!(line.read().is_err(), "heard of twice");
+        // Not two of them, and none beside one that does not wait.
+        assert_eq!(
+            [Due::Later, Due::Later, Due::Later, Due::Now].map(serve),
+            [false, true, false, true]
+        );
+        slot.interrupt_late();
+        assert!(line.read().is_err(), "heard of twice");
+    }
+
+    #[test]
+    fn a_broken_ring_is_told_until_that_is_acknowledged() {
+        let (slot, line, _) = serve_one(view());
+        let _ = line.read();
+        slot.lock().fail();
+        assert_eq!((line.read().unwrap(), get(&slot, reg::INTERRUPT_STATUS)), (1, 2));
+        assert_eq!(get(&slot, reg::STATUS) & status::NEEDS_RESET, status::NEEDS_RESET);
+        set(&slot, &[(INTERRUPT_ACK, ACK_USED)]);
+        assert_eq!(get(&slot, reg::INTERRUPT_STATUS), 2);
+        set(&slot, &[(INTERRUPT_ACK, 3)]);
         assert_eq!(get(&slot, reg::INTERRUPT_STATUS), 0);
     }
 
@@ -529,11 +615,7 @@ mod tests {
         let view = view();
         let (source, ..) = serve_one(view.clone());
         let saved = source.save();
-        let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap()));
-        let kick = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-        let kicks = vec![kick.try_clone().unwrap()];
-        let copy = Slot::new(Box::new(Rng), interrupt, kicks, view);
+        let (copy, line, kick) = slot(view);
         copy.load(copy.parse(&saved).unwrap());
         assert_eq!(copy.save(), saved);
         assert_eq!(get(&copy, reg::INTERRUPT_STATUS), 1);

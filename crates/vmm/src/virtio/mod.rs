@@ -1,6 +1,6 @@
 //! Virtio devices (virtio 1.2): the transport `mmio`, the rings `ring`, and the devices `net`,
 //! `rng` and `blk`. They see guest memory through a bounds-checked view and raise interrupts
-//! through an eventfd; none knows KVM, so all of it is tested on any host.
+//! through a line; none knows KVM, so all of it is tested on any host.
 
 pub mod blk;
 pub mod flow;
@@ -10,10 +10,8 @@ pub mod ring;
 pub mod rng;
 
 use std::io;
-use std::sync::atomic::{AtomicU32, Ordering};
 
 use virtio_queue::Queue;
-use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::View;
 
@@ -64,48 +62,4 @@ pub enum Outgoing {
     All,
     /// These.
     Only(flow::Flow),
-}
-
-/// A device's interrupt line and the register that says why it was raised. Outside the lock, as
-/// the guest reads and clears it at every interrupt.
-pub struct Interrupt {
-    status: AtomicU32,
-    line: EventFd,
-}
-
-impl Interrupt {
-    /// Bit of the status register: a ring was used.
-    const USED: u32 = 1;
-    /// Bit of the status register: configuration or device status changed.
-    const CONFIG: u32 = 2;
-
-    /// A lowered interrupt on `line`, an irqfd.
-    pub fn new(line: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), line }
-    }
-
-    fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::SeqCst);
-        // An eventfd write fails only where the counter would overflow: the line is raised then.
-        let _ = self.line.write(1);
-    }
-
-    /// The register's value.
-    pub fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
-    }
-
-    /// RESUME of a copy: the register as it was, and the interrupt once more where it is due, as the first one may have
-    /// been on its way.
-    fn load(&self, status: u32) {
-        self.status.store(status, Ordering::SeqCst);
-        if status != 0 {
-            self.raise(status);
-        }
-    }
-
-    /// Clears the bits that the guest has seen.
-    pub fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
-    }
 }

@@ -11,7 +11,7 @@ use onde_wire::machine::{ARP_SIZE, Identity};
 use virtio_queue::{Queue, QueueT, Writer};
 use vm_memory::bitmap::{AtomicBitmap, BS};
 
-use super::ring::{self, BUDGET, Served};
+use super::ring::{self, BUDGET, Due, Served};
 use super::{Broken, Device, Outgoing};
 use crate::descriptors::{Tap, VNET_HEADER_SIZE};
 use crate::memory::View;
@@ -38,6 +38,8 @@ const OFFLOADS: [(u64, u32); 3] =
 
 /// Largest frame with its header: 64 KiB of segmented TCP and room for link headers.
 const FRAME_SIZE_MAX: usize = 68 << 10;
+/// A frame that was not left for segmentation, with its header.
+const FRAME_SIZE_SMALL: usize = VNET_HEADER_SIZE + 14 + 1500;
 /// Most buffers that one frame may span: 64 KiB in the smallest buffers that Linux posts.
 const MERGE_MAX: usize = 64;
 /// Where the header holds the number of buffers.
@@ -134,9 +136,11 @@ impl<L: Link> Net<L> {
     }
 
     fn send(&mut self, queue: &mut Queue, view: &View) -> Result<Served, Broken> {
-        ring::drain(queue, view, |chain| {
+        let (mut count, mut bytes) = (0, 0);
+        let mut served = ring::drain(queue, view, |chain| {
             let mut reader = chain.reader(view).map_err(|_| Broken)?;
             let size = reader.available_bytes();
+            (count, bytes) = (count + 1, bytes + size);
             let Some(frame) = self.sent.get_mut(..size) else { return Ok(0) };
             reader.read_exact(frame).map_err(|_| Broken)?;
             if leaves(&self.outgoing, self.boot_mac, frame) {
@@ -144,7 +148,12 @@ impl<L: Link> Net<L> {
                 let _ = self.link.write(frame);
             }
             Ok(0)
-        })
+        })?;
+        // Its sender may go on: what it still accounts for is one small frame.
+        if served.interrupt == Due::Now && count == 1 && bytes <= FRAME_SIZE_SMALL {
+            served.interrupt = Due::Later;
+        }
+        Ok(served)
     }
 
     fn receive(&mut self, queue: &mut Queue, view: &View) -> Result<Served, Broken> {
@@ -171,7 +180,7 @@ impl<L: Link> Net<L> {
         if queue.next_used() != before {
             self.arrivals.announce();
         }
-        Ok(Served { interrupt: ring::wants_interrupt(queue, view, before)?, more })
+        Ok(Served { interrupt: ring::interrupt(queue, view, before)?, more })
     }
 
     /// Whether there is a frame to deliver.
@@ -420,7 +429,7 @@ mod tests {
         let buffer = Descriptor::new(BUFFER, 2000, WRITE, 0);
         mock.add_desc_chains(&[RawDescriptor::from(buffer)], 0).unwrap();
         let served = net.process(&mut queues, RX, &view).unwrap();
-        assert_eq!(served, Served { interrupt: true, more: false });
+        assert_eq!(served, Served { interrupt: Due::Now, more: false });
         assert_eq!(queues[RX].next_used(), 1);
         net.arrivals.wait(Duration::from_secs(60));
     }
@@ -454,6 +463,23 @@ mod tests {
         net.process(&mut queues, TX, &view).unwrap();
         assert_eq!(net.link.outgoing, [b"0123456789ab frame".to_vec()]);
         assert_eq!((queues[TX].next_used(), net.link.offload), (4, 3));
+    }
+
+    #[test]
+    fn the_guest_can_wait_to_hear_of_one_small_frame_that_left() {
+        let due = |sizes: &[u32]| {
+            let view = View::from_ranges(&[(GuestAddress(0), 0x40000)]).unwrap();
+            let mock = MockSplitQueue::new(&view, 16);
+            for (index, size) in sizes.iter().enumerate() {
+                let frame = RawDescriptor::from(Descriptor::new(BUFFER, *size, 0, 0));
+                mock.add_desc_chains(&[frame], index as u16).unwrap();
+            }
+            let mut queues = [Queue::new(16).unwrap(), mock.create_queue().unwrap()];
+            net(&[], 0).process(&mut queues, TX, &view).unwrap().interrupt
+        };
+        let full = FRAME_SIZE_SMALL as u32;
+        let cases = [&[full][..], &[full + 1], &[60, 60], &[]];
+        assert_eq!(cases.map(due), [Due::Later, Due::Now, Due::Now, Due::Never]);
     }
 
     #[test]

@@ -24,11 +24,22 @@ const AVAIL_NO_INTERRUPT: u16 = 1;
 /// for its other devices.
 pub const BUDGET: usize = 256;
 
+/// When the guest is to hear of used buffers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Due {
+    /// It does not want to.
+    Never,
+    /// With its next interrupt, or after a while: nobody waits for these buffers.
+    Later,
+    /// At once.
+    Now,
+}
+
 /// What serving a ring came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Served {
-    /// The guest wants an interrupt.
-    pub interrupt: bool,
+    /// The guest's interrupt.
+    pub interrupt: Due,
     /// The budget ended before the ring did: serve it again soon.
     pub more: bool,
 }
@@ -44,14 +55,14 @@ pub fn drain<'a>(
     queue.disable_notification(view).map_err(|_| Broken)?;
     for _ in 0..BUDGET {
         let Some(chain) = next_or_rearm(queue, view)? else {
-            let interrupt = wants_interrupt(queue, view, before)?;
+            let interrupt = interrupt(queue, view, before)?;
             return Ok(Served { interrupt, more: false });
         };
         let head = chain.head_index();
         let written = handle(chain)?;
         publish(queue, view, &[(head, written)])?;
     }
-    Ok(Served { interrupt: wants_interrupt(queue, view, before)?, more: true })
+    Ok(Served { interrupt: interrupt(queue, view, before)?, more: true })
 }
 
 /// The next chain; where there is none, asks to be rung and looks once more.
@@ -84,8 +95,14 @@ pub fn publish(queue: &mut Queue, memory: &View, used: &[Used]) -> Result<(), Br
     memory.store(next.to_le(), index, Ordering::Release).map_err(|_| Broken)
 }
 
-/// Whether the guest wants to hear of the buffers used since the index was `before`.
-pub fn wants_interrupt(queue: &Queue, memory: &View, before: u16) -> Result<bool, Broken> {
+/// When the guest is to hear of the buffers used since the index was `before`.
+pub fn interrupt(queue: &Queue, memory: &View, before: u16) -> Result<Due, Broken> {
+    let wants = wants_interrupt(queue, memory, before)?;
+    Ok(if wants { Due::Now } else { Due::Never })
+}
+
+/// The rule of virtio 1.2, 2.7.7.
+fn wants_interrupt(queue: &Queue, memory: &View, before: u16) -> Result<bool, Broken> {
     let next = queue.next_used();
     if next == before {
         return Ok(false);
@@ -153,7 +170,7 @@ mod tests {
         let mock = MockSplitQueue::new(&memory, 16);
         let mut queue: Queue = mock.create_queue().unwrap();
         let drained = drain(&mut queue, &memory, |_| Ok(0));
-        assert_eq!(drained, Ok(Served { interrupt: false, more: false }));
+        assert_eq!(drained, Ok(Served { interrupt: Due::Never, more: false }));
         memory.write_obj(1000u16, GuestAddress(queue.avail_ring() + 2)).unwrap();
         assert_eq!(drain(&mut queue, &memory, |_| Ok(0)), Err(Broken));
     }
