@@ -8,6 +8,7 @@ pub mod admission;
 pub mod cgroup;
 pub mod files;
 pub mod filter;
+mod hearing;
 pub mod host;
 pub mod init;
 pub mod inventory;

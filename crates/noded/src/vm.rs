@@ -24,6 +24,7 @@ use rustix::process::{Pid, Signal};
 use crate::cgroup::{Cgroup, Cgroups};
 use crate::files::{Files, memory};
 use crate::filter::{Attached, Filter, Pair};
+use crate::hearing;
 use crate::meter::Reading;
 use crate::node::{Spec, Start};
 
@@ -301,7 +302,7 @@ fn arguments(spec: &Spec) -> Vec<CString> {
 }
 
 impl Network {
-    /// Makes a tap, puts the filter on it, makes it a port of the bridge and switches it on, in this order.
+    /// Makes a tap, puts the filters on it, makes it a port of the bridge and switches it on, in this order.
     fn new(place: &Place, name: &CStr, spec: &Spec) -> io::Result<Self> {
         let tap = tap::open(name)?;
         let identity = &spec.identity;
@@ -309,6 +310,7 @@ impl Network {
         let guest = Pair { mac: identity.mac, ipv4: identity.ipv4 };
         let filter =
             place.filter.attach(place.links.index(name)?, [boot, guest], spec.net_kib_s)?;
+        tap::attach(&tap, &hearing::program([boot.ipv4, guest.ipv4]))?;
         no_ipv6(name)?;
         place.links.add_port(&place.bridge, name)?;
         place.links.set_up(name, true)?;

@@ -63,7 +63,7 @@ impl PacketSocket {
     /// Starts to receive what `filter` lets pass (at most [`libc::BPF_MAXINSNS`] instructions): no
     /// frame that came before the filter, and none that this host sends.
     pub fn start(&mut self, filter: &[Instruction]) -> io::Result<()> {
-        self.attach(filter)?;
+        attach(self.fd.as_fd(), filter)?;
         self.set_option(libc::PACKET_IGNORE_OUTGOING, &1)?;
         self.set_option(libc::PACKET_VERSION, &(libc::tpacket_versions::TPACKET_V2 as i32))?;
         let request = libc::tpacket_req {
@@ -127,12 +127,6 @@ impl PacketSocket {
         }
     }
 
-    fn attach(&self, filter: &[Instruction]) -> io::Result<()> {
-        let len = u16::try_from(filter.len()).map_err(|_| Errno::TOOBIG)?;
-        let program = libc::sock_fprog { len, filter: filter.as_ptr().cast_mut() };
-        set_option(self.fd.as_fd(), libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
-    }
-
     fn set_option<T>(&self, name: i32, value: &T) -> io::Result<()> {
         set_option(self.fd.as_fd(), libc::SOL_PACKET, name, value)
     }
@@ -142,6 +136,18 @@ impl AsFd for PacketSocket {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
+}
+
+/// Lets only what `filter` lets pass (at most [`libc::BPF_MAXINSNS`] instructions) into a socket.
+pub fn attach(socket: BorrowedFd<'_>, filter: &[Instruction]) -> io::Result<()> {
+    let program = program(filter)?;
+    set_option(socket, libc::SOL_SOCKET, libc::SO_ATTACH_FILTER, &program)
+}
+
+/// What the kernel takes for a program; it refers to `filter`.
+pub(crate) fn program(filter: &[Instruction]) -> io::Result<libc::sock_fprog> {
+    let len = u16::try_from(filter.len()).map_err(|_| Errno::TOOBIG)?;
+    Ok(libc::sock_fprog { len, filter: filter.as_ptr().cast_mut() })
 }
 
 fn empty_address() -> libc::sockaddr_ll {

@@ -7,6 +7,10 @@ use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use crate::link::request;
+use crate::packet::{self, Instruction};
+
+/// `TUNATTACHFILTER` of linux/if_tun.h, which libc does not have.
+const TUNATTACHFILTER: libc::Ioctl = 0x4010_54D5;
 
 /// A new tap that goes away with its last descriptor: whole frames with a virtio-net header before them.
 /// Errors: those of opening `/dev/net/tun`; `EBUSY` where the name is taken.
@@ -19,6 +23,16 @@ pub fn open(name: &CStr) -> io::Result<OwnedFd> {
     match unsafe { libc::ioctl(tun.as_raw_fd(), libc::TUNSETIFF, &mut ifreq) } {
         -1 => Err(io::Error::last_os_error()),
         _ => Ok(tun.into()),
+    }
+}
+
+/// Lets only those frames through to whoever reads the tap that `filter` lets pass.
+pub fn attach(tap: impl AsFd, filter: &[Instruction]) -> io::Result<()> {
+    let program = packet::program(filter)?;
+    // SAFETY: TUNATTACHFILTER reads one sock_fprog and the instructions that it names, which live over the call.
+    match unsafe { libc::ioctl(tap.as_fd().as_raw_fd(), TUNATTACHFILTER, &program) } {
+        -1 => Err(io::Error::last_os_error()),
+        _ => Ok(()),
     }
 }
 
