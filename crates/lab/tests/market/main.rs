@@ -106,11 +106,7 @@ fn passes(world: &World, (name, case): &Case) -> bool {
         for job in world.stop_all() {
             println!("  left behind: {job}");
         }
-        for node in [1, 2] {
-            let console = world.lab.console(node).unwrap_or_default();
-            let tail: Vec<_> = console.lines().rev().take(16).collect();
-            tail.iter().rev().for_each(|line| println!("  node {node}: {line}"));
-        }
+        print!("{}", [1, 2].map(|node| world::console_tail(&world.lab, node)).concat());
     }
     done.is_ok()
 }

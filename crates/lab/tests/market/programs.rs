@@ -6,10 +6,10 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Result, ensure};
 use onde_client::api::SettledBy;
-use onde_lab::guest;
 use onde_lab::kernel::KernelCache;
+use onde_lab::{Lab, guest};
 
-use crate::world::{World, wait};
+use crate::world::{World, console_tail, wait};
 
 /// Real input that every Debian has.
 const INPUT: &str = "/usr/share/common-licenses/GPL-3";
@@ -95,8 +95,15 @@ pub fn processors(world: &World) -> Result<()> {
         Ok(String::from_utf8(done.stdout)?)
     };
     onde(&["lab", "up", "--nodes", "2", "--vcpus", "2"])?;
-    let done = both_move(&onde);
-    // On what is about to be gone; nobody else could stop it.
+    let mut done = both_move(&onde);
+    if let Err(error) = done {
+        // What its nodes said is about to be gone.
+        let status = onde(&["status", "both"]).unwrap_or_else(|error| error.to_string());
+        let lab = Lab::attach(&world.file("smp"))?;
+        let consoles = [1, 2].map(|node| console_tail(&lab, node)).concat();
+        done = Err(error.context(format!("{status}\n{consoles}")));
+    }
+    // Nobody else could stop it.
     let stopped = onde(&["stop", "both"]);
     onde(&["lab", "down"])?;
     done.and_then(|()| stopped.map(drop))

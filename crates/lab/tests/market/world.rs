@@ -245,3 +245,10 @@ pub fn wait(what: &str, mut is_true: impl FnMut() -> Result<bool>) -> Result<()>
     }
     Ok(())
 }
+
+/// The last lines of a node's console, for whoever reads why a case failed.
+pub fn console_tail(lab: &Lab, node: u8) -> String {
+    let console = lab.console(node).unwrap_or_default();
+    let tail: Vec<_> = console.lines().rev().take(16).collect();
+    tail.iter().rev().map(|line| format!("  node {node}: {line}\n")).collect()
+}
