@@ -21,7 +21,7 @@ use onde_lab::{Lab, Shape, guest, programs};
 use onde_wire::channel::PORT as PORT_IN;
 use onde_wire::plan;
 
-use super::probe::{Probe, pace};
+use super::probe::{PERIOD, Probe};
 use super::{BOOT_MAX, CMDLINE, Figure, GUEST_MIB, LOOK_PERIOD, NODE_MIB, RUNS};
 use super::{customer, extras, median};
 
@@ -47,8 +47,10 @@ const CASES: [(u32, [&str; 4]); 2] = [
     ),
 ];
 const QEMU: &str = "QEMU pre-copy, same nodes";
+/// Moves before those that are measured: the first ones wait for an emulator to translate what does them.
+const WARM_UPS: usize = 4;
 /// Moves of a guest that sends all the time.
-const STREAM_RUNS: usize = 3;
+const STREAM_RUNS: usize = 5;
 /// Where `bench-guest` sends to whoever connects.
 const STREAM_PORT: u16 = 7008;
 /// How long it sends before it moves.
@@ -74,7 +76,10 @@ pub fn run() -> Result<Vec<Figure>> {
     fs::write(files.join("mover"), "")?;
     // One processor: steady, and the same for both.
     let shape = Shape { nodes: 2, memory_mib: NODE_MIB, ..Shape::default() };
-    let progress = Step::new(&format!("two nodes boot; a guest moves {} times", 4 * RUNS));
+    let progress = Step::new(&format!(
+        "two nodes boot; a guest moves {} times",
+        4 * (WARM_UPS + RUNS) + 2 * STREAM_RUNS
+    ));
     let lab = Lab::up_for_now(&dir.join("lab"), &shape, &extras(&kernel, &files)?)?;
     lab.enter()?;
     let peer = CASES.iter().map(|case| qemu(case.0)).collect::<Result<Vec<_>>>()?;
@@ -132,13 +137,12 @@ fn qemu(dirty_mib: u32) -> Result<Vec<Move>> {
     let mut hosts = [Host::call(1)?, Host::call(2)?];
     hosts[0].tell(&format!("start {dirty_mib}"))?;
     wait_for(QEMU_GUEST)?;
-    let period = pace(QEMU_GUEST)?;
     let mut moves = Vec::new();
-    for run in 0..RUNS {
+    for run in 0..WARM_UPS + RUNS {
         let (from, to) = (run % 2, 1 - run % 2);
         hosts[to].tell("wait")?;
         let target = format!("move {}", node(to as u8 + 1));
-        moves.push(measure(QEMU_GUEST, period, || {
+        moves.push(measure(QEMU_GUEST, || {
             let told = hosts[from].tell(&target)?;
             let sent = told.split("sent=").nth(1).context("no bytes sent")?;
             Ok((sent.parse::<f64>()? / 1024.0, f64::NAN))
@@ -148,7 +152,7 @@ fn qemu(dirty_mib: u32) -> Result<Vec<Move>> {
     for mut host in hosts {
         host.tell("end")?;
     }
-    Ok(moves)
+    Ok(moves.split_off(WARM_UPS))
 }
 
 /// A figure of a move.
@@ -221,21 +225,17 @@ fn node(number: u8) -> Ipv4Addr {
 }
 
 /// Measures while `act` moves `guest` and tells the KiB that were sent, and the bound of the silence, ms.
-fn measure(
-    guest: Ipv4Addr,
-    period: Duration,
-    act: impl FnOnce() -> Result<(f64, f64)>,
-) -> Result<Move> {
-    let probe = Probe::start(guest, period)?;
+fn measure(guest: Ipv4Addr, act: impl FnOnce() -> Result<(f64, f64)>) -> Result<Move> {
+    let probe = Probe::start(guest)?;
     std::thread::sleep(MARGIN);
     let begun = Instant::now();
     let (sent_kib, bound_ms) = act()?;
     let took = begun.elapsed();
     wait_for(guest)?;
     std::thread::sleep(MARGIN);
-    let silence = probe.end()?.silence.saturating_sub(period);
+    let silence = probe.end()?.saturating_sub(PERIOD);
     println!(
-        "moved in {took:.1?}, silent for {silence:.0?} at a probe each {period:.0?}, {sent_kib:.0} KiB, bound {bound_ms:.0} ms"
+        "moved in {took:.1?}, silent for {silence:.0?}, {sent_kib:.0} KiB, bound {bound_ms:.0} ms"
     );
     let ms = |time: Duration| time.as_secs_f64() * 1000.0;
     Ok(Move { silence_ms: ms(silence), took_ms: ms(took), sent_kib, bound_ms })
@@ -245,7 +245,7 @@ fn measure(
 fn wait_for(guest: Ipv4Addr) -> Result<()> {
     let begun = Instant::now();
     while begun.elapsed() < BOOT_MAX {
-        let probe = Probe::start(guest, LOOK_PERIOD)?;
+        let probe = Probe::start(guest)?;
         std::thread::sleep(LOOK_PERIOD * 20);
         if probe.end().is_ok() {
             return Ok(());
@@ -314,8 +314,8 @@ struct Guest<'a> {
 
 impl Guest<'_> {
     fn moves(&self) -> Result<Vec<Move>> {
-        let period = pace(self.ipv4)?;
-        (0..RUNS).map(|_| measure(self.ipv4, period, || self.go())).collect()
+        let moves = (0..WARM_UPS + RUNS).map(|_| measure(self.ipv4, || self.go()));
+        Ok(moves.collect::<Result<Vec<_>>>()?.split_off(WARM_UPS))
     }
 
     /// What it keeps of its throughput, percent.
