@@ -40,7 +40,7 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
 /// not pack: they cost more time frozen than they save before.
 const IN_FLIGHT: usize = 32 << 10;
 /// The first round is most of the work and no race, since what is written meanwhile is sent again anyway: the machine's programs
-/// come first. With so much less weight (sched(7), a step is a factor of 1.25) it takes a sixth of a processor that they want, too.
+/// come first. With so much less weight (sched(7), a step is a factor of 1.25) it takes a ninth of a processor that they want, too.
 const YIELDING: i32 = 9;
 /// Frozen, all others wait for the end of the stream, and nobody hears of what they do meanwhile.
 const HURRYING: i32 = -20;
@@ -208,7 +208,6 @@ impl Sink for Road<'_> {
     }
 
     fn freezing(&mut self) {
-        take_turns(HURRYING);
         // The client's measure of the pause begins here.
         let bytes = self.stream.sent();
         self.tell(&AgentFrame::Sent { pages_left: self.pages_left, bytes });
@@ -219,6 +218,8 @@ impl Sink for Road<'_> {
         await_acknowledged(self.stream.out());
         // A kernel that refuses keeps its own, longer time.
         let _ = self.stream.out().set_patience(FROZEN_TIMEOUT);
+        // Last: until then programs answer whoever asks.
+        take_turns(HURRYING);
     }
 }
 
