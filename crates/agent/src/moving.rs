@@ -218,7 +218,9 @@ impl Sink for Road<'_> {
         await_acknowledged(self.stream.out());
         // A kernel that refuses keeps its own, longer time.
         let _ = self.stream.out().set_patience(FROZEN_TIMEOUT);
-        // Last: until then programs answer whoever asks.
+    }
+
+    fn frozen(&mut self) {
         take_turns(HURRYING);
     }
 }
@@ -329,7 +331,7 @@ impl Ear<'_> {
 
 /// The copy, which is the machine from now on: what its programs and its client wait for.
 fn arrive(guest: &Guest, machine: &mut impl Machine) -> Result<(), Failed> {
-    // First of all: they answer who waits for an answer.
+    // Programs come first: they answer who waits for an answer.
     take_turns(YIELDING);
     rustix::thread::sched_yield();
     let identity = machine.identity()?;

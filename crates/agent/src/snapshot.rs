@@ -47,6 +47,8 @@ pub trait Sink {
     fn stopping(&mut self) {}
     /// Says that the machine is about to be frozen: nothing else leaves it from here on.
     fn freezing(&mut self) {}
+    /// Says that it is frozen and stays so: what goes on in it nobody hears of. Not said in the copy.
+    fn frozen(&mut self) {}
 }
 
 /// In which machine [`take`] returned.
@@ -285,6 +287,9 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             match result {
                 RESULT_OK => {
                     self.is_frozen = self.role == Role::Moved;
+                    if self.is_frozen {
+                        self.sink.frozen();
+                    }
                     let saved = self.saved();
                     if !self.is_frozen {
                         self.machine.command(REG_ABORT, 1);
