@@ -34,7 +34,7 @@ const TOKENS: u32 = 60;
 pub fn run() -> Result<Vec<Figure>> {
     let wanted = number("ONDE_BENCH_CLONES", CLONES)?;
     let memory_mib = number("ONDE_BENCH_NODE_MIB", NODE_MIB)?;
-    let bench = Bench::up_with(&Shape { nodes: 1, memory_mib, ..Shape::default() }, 0)?;
+    let bench = Bench::up_with(&Shape { nodes: 1, memory_mib, vcpus: 2, ..Shape::default() }, 0)?;
     onde(&bench, &["account", "use", &bench.account, "--broker", &bench.lab.broker_url()?])?;
     let colds: Vec<_> = (0..RUNS).map(|_| cold(&bench)).collect::<Result<_>>()?;
     let template = template(&bench)?;
