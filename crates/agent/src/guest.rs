@@ -68,7 +68,7 @@ pub fn set_limits() -> Result<()> {
 
 /// Keeps the kernel from waking up without a reason: a machine that waits costs its customer nothing but its memory then. Where
 /// one of these is not to be had, it wakes up more often.
-pub fn calm_down() {
+pub fn quiet_kernel() {
     let settings = [
         // Twice a second, to see whether free memory lies in pieces.
         ("vm/compaction_proactiveness", "0"),

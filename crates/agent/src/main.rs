@@ -69,7 +69,7 @@ fn main() -> ExitCode {
 fn run() -> Result<()> {
     guest::mount_all()?;
     guest::set_limits()?;
-    guest::calm_down();
+    guest::quiet_kernel();
     let mut modules = guest::Modules::read()?;
     modules.load_until(network::has_device)?;
     let identity = guest::identity()?;

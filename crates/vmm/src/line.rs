@@ -6,7 +6,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 /// A line into an interrupt controller.
 pub trait Line: Send + Sync {
-    /// An edge on it.
+    /// An edge on it. Whoever raises one line takes turns under its device's lock: an edge that meets another is lost.
     fn pulse(&self);
 }
 
