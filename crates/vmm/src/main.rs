@@ -40,13 +40,15 @@ const STACK_SIZE: usize = 128 << 10;
 
 fn main() -> ExitCode {
     die_on_panic();
-    match Arguments::parse(std::env::args().skip(1)).and_then(run) {
+    match Arguments::parse(std::env::args().skip(1)).inspect_err(say).and_then(run) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(fault) => {
-            eprintln!("vmm: {fault}");
-            ExitCode::FAILURE
-        }
+        Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// Says in the log why this process cannot go on.
+fn say(fault: &Fault) {
+    eprintln!("vmm: {fault}");
 }
 
 /// A bug in one thread ends the whole process; `noded` sees the exit and cleans up.
@@ -69,14 +71,19 @@ struct Arguments {
 
 /// Runs a machine to its end. On success it powered off, reset or is in its file; `noded` was told in any case.
 fn run(arguments: Arguments) -> Result<(), Fault> {
-    let Arguments { shape, has_saved, origin } = arguments;
-    let given = Descriptors::take(shape.has_disk(), has_saved)?;
-    let early = given.control.try_clone().fault(Part::Descriptors, "clone the control socket")?;
-    let built = machine::build(shape, origin, given).inspect_err(|fault| {
-        let _ = early.send(&VmmEvent::Fault(fault.part as u32).emit());
-    })?;
-    drop(early);
-    let Built { machine, vcpus, doorbells } = built;
+    let Arguments { shape, has_saved, .. } = arguments;
+    let given = Descriptors::take(shape.has_disk(), has_saved).inspect_err(say)?;
+    let control = given.control.try_clone();
+    let control = control.fault(Part::Descriptors, "clone the control socket").inspect_err(say)?;
+    live(arguments, given).inspect_err(|fault| {
+        // In this order: `noded` ends whoever tells it that it cannot go on.
+        say(fault);
+        let _ = control.send(&VmmEvent::Fault(fault.part as u32).emit());
+    })
+}
+
+fn live(Arguments { shape, origin, .. }: Arguments, given: Descriptors) -> Result<(), Fault> {
+    let Built { machine, vcpus, doorbells } = machine::build(shape, origin, given)?;
     let outcome = match start(&machine, vcpus) {
         Ok(threads) => {
             let outcome = serve(&machine, &doorbells);
@@ -136,10 +143,7 @@ fn report(machine: &Machine, outcome: Outcome) -> Result<(), Fault> {
             return report(machine, written.map_or_else(Outcome::Fault, |()| Outcome::Saved));
         }
         Outcome::Abandoned => return Err(Fault::new(Part::Io, "noded closed the control socket")),
-        Outcome::Fault(fault) => {
-            machine.noded.tell(VmmEvent::Fault(fault.part as u32));
-            return Err(fault);
-        }
+        Outcome::Fault(fault) => return Err(fault),
     }
     Ok(())
 }
