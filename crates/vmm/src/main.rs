@@ -82,6 +82,7 @@ fn run(arguments: Arguments) -> Result<(), Fault> {
     })
 }
 
+/// The same, but that nobody is told of a fault.
 fn live(Arguments { shape, origin, .. }: Arguments, given: Descriptors) -> Result<(), Fault> {
     let Built { machine, vcpus, doorbells } = machine::build(shape, origin, given)?;
     let outcome = match start(&machine, vcpus) {

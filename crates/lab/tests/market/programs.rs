@@ -99,8 +99,9 @@ pub fn processors(world: &World) -> Result<()> {
     if let Err(error) = done {
         // What its nodes said is about to be gone.
         let status = onde(&["status", "both"]).unwrap_or_else(|error| error.to_string());
-        let lab = Lab::attach(&world.file("smp"))?;
-        let consoles = [1, 2].map(|node| console_tail(&lab, node)).concat();
+        let tails = |lab: Lab| [1, 2].map(|node| console_tail(&lab, node)).concat();
+        let consoles =
+            Lab::attach(&world.file("smp")).map_or_else(|error| error.to_string(), tails);
         done = Err(error.context(format!("{status}\n{consoles}")));
     }
     // Nobody else could stop it.
