@@ -1,6 +1,7 @@
-//! Moving a guest between two nodes, beside QEMU's own pre-copy migration on the same two nodes: the same kernel and
-//! the same program, which answers probes and, in the second case, keeps writing to a known set of memory. At last it
-//! sends as much as it can while it moves.
+//! Moving a guest between two nodes, beside QEMU's own pre-copy migration between two that are the same: the same kernel
+//! and the same program, which answers probes and, in the second case, keeps writing to a known set of memory. At last it
+//! sends as much as it can while it moves. Their moves take turns, since a shared machine is faster in one minute than in
+//! another; and each pair of nodes is its guest's alone, or an emulator's cache of translated code would hold neither.
 
 use std::cell::Cell;
 use std::fs;
@@ -59,6 +60,9 @@ const STREAM_TRIAL: Duration = Duration::from_secs(5);
 const QEMU_GUEST: Ipv4Addr = Ipv4Addr::new(198, 18, 255, 200);
 /// Where `bench-node` takes commands.
 const PORT: u16 = 7000;
+/// Between which nodes whose guest moves.
+const PEER_NODES: [u8; 2] = [1, 2];
+const OWN_NODES: [u8; 2] = [3, 4];
 /// Probes before and after a move: the guest's neighbours have settled, and stragglers are seen.
 const MARGIN: Duration = Duration::from_secs(1);
 
@@ -75,25 +79,32 @@ pub fn run() -> Result<Vec<Figure>> {
     fs::write(files.join("cmdline"), format!("{CMDLINE} bench.ipv4={QEMU_GUEST}"))?;
     fs::write(files.join("mover"), "")?;
     // One processor: steady, and the same for both.
-    let shape = Shape { nodes: 2, memory_mib: NODE_MIB, ..Shape::default() };
+    let shape = Shape { nodes: 4, memory_mib: NODE_MIB, ..Shape::default() };
     let progress = Step::new(&format!(
-        "two nodes boot; a guest moves {} times",
+        "four nodes boot; guests move {} times",
         4 * (WARM_UPS + RUNS) + 2 * STREAM_RUNS
     ));
     let lab = Lab::up_for_now(&dir.join("lab"), &shape, &extras(&kernel, &files)?)?;
     lab.enter()?;
-    let peer = CASES.iter().map(|case| qemu(case.0)).collect::<Result<Vec<_>>>()?;
-    let peer_kept = qemu_streams()?;
-    for node in [1, 2] {
+    for node in OWN_NODES {
         Host::call(node)?.tell("node")?;
     }
-    let (broker, key) = customer(&lab, 2)?;
+    let (broker, key) = customer(&lab, OWN_NODES.len() as u8)?;
     let customer = Customer { broker, dir: &dir };
     customer.onde(&["account", "use", &key, "--broker", &lab.broker_url()?])?;
     let mut figures = Vec::new();
-    for ((dirty_mib, names), peer) in CASES.into_iter().zip(peer) {
+    for (dirty_mib, names) in CASES {
+        let mut peer = Peer::start(dirty_mib)?;
         let guest = customer.start(dirty_mib)?;
-        let own = guest.moves()?;
+        let (mut own, mut peers) = (Vec::new(), Vec::new());
+        for run in 0..WARM_UPS + RUNS {
+            peer.prepare()?;
+            let pair = (measure(QEMU_GUEST, || peer.go())?, measure(guest.ipv4, || guest.go())?);
+            if run >= WARM_UPS {
+                peers.push(pair.0);
+                own.push(pair.1);
+            }
+        }
         let of = |moves: &[Move], what: What| median(moves.iter().map(what).collect());
         let [silence, took, sent, beside_bound] = names;
         let rows: [(_, _, What); 3] = [
@@ -102,20 +113,26 @@ pub fn run() -> Result<Vec<Figure>> {
             (sent, "KiB", |one| one.sent_kib),
         ];
         for (name, unit, what) in rows {
-            figures.push(Figure::new(name, of(&own, what)?, unit, QEMU, of(&peer, what)?));
+            figures.push(Figure::new(name, of(&own, what)?, unit, QEMU, of(&peers, what)?));
         }
         let bound = of(&own, |one| one.bound_ms)?;
-        let peer = "bytes sent then / bytes a second before";
-        figures.push(Figure::new(beside_bound, of(&own, |one| one.silence_ms)?, "ms", peer, bound));
+        let than = "bytes sent then / bytes a second before";
+        figures.push(Figure::new(beside_bound, of(&own, |one| one.silence_ms)?, "ms", than, bound));
         if dirty_mib == 0 {
             let (sent, used) = (of(&own, |one| one.sent_kib)?, guest.used_kib()?);
             let name = "the same, beside its memory in use";
             figures.push(Figure::new(name, sent, "KiB", "its memory in use", used));
-            let kept = guest.streams()?;
+            let (mut own, mut peers) = (Vec::new(), Vec::new());
+            for _ in 0..STREAM_RUNS {
+                peer.prepare()?;
+                peers.push(stream(QEMU_GUEST, || peer.go().map(drop))?);
+                own.push(stream(guest.ipv4, || guest.go().map(drop))?);
+            }
             let name = "throughput kept while a guest moves";
-            figures.push(Figure::new(name, kept, "%", QEMU, peer_kept));
+            figures.push(Figure::new(name, median(own)?, "%", QEMU, median(peers)?));
         }
         guest.stop()?;
+        peer.stop()?;
     }
     progress.done("measured");
     lab.down()?;
@@ -132,49 +149,44 @@ struct Move {
     bound_ms: f64,
 }
 
-/// Moves of QEMU's guest.
-fn qemu(dirty_mib: u32) -> Result<Vec<Move>> {
-    let mut hosts = [Host::call(1)?, Host::call(2)?];
-    hosts[0].tell(&format!("start {dirty_mib}"))?;
-    wait_for(QEMU_GUEST)?;
-    let mut moves = Vec::new();
-    for run in 0..WARM_UPS + RUNS {
-        let (from, to) = (run % 2, 1 - run % 2);
-        hosts[to].tell("wait")?;
-        let target = format!("move {}", node(to as u8 + 1));
-        moves.push(measure(QEMU_GUEST, || {
-            let told = hosts[from].tell(&target)?;
-            let sent = told.split("sent=").nth(1).context("no bytes sent")?;
-            Ok((sent.parse::<f64>()? / 1024.0, f64::NAN))
-        })?);
-        hosts[from].tell("end")?;
-    }
-    for mut host in hosts {
-        host.tell("end")?;
-    }
-    Ok(moves.split_off(WARM_UPS))
-}
-
 /// A figure of a move.
 type What = fn(&Move) -> f64;
 
-/// What QEMU's guest keeps of its throughput, percent.
-fn qemu_streams() -> Result<f64> {
-    let mut hosts = [Host::call(1)?, Host::call(2)?];
-    hosts[0].tell("start 0")?;
-    wait_for(QEMU_GUEST)?;
-    let mut kept = Vec::new();
-    for run in 0..STREAM_RUNS {
-        let (from, to) = (run % 2, 1 - run % 2);
-        hosts[to].tell("wait")?;
-        let target = format!("move {}", node(to as u8 + 1));
-        kept.push(stream(QEMU_GUEST, || hosts[from].tell(&target).map(drop))?);
-        hosts[from].tell("end")?;
+/// QEMU's guest.
+struct Peer {
+    hosts: Vec<Host>,
+    /// Which of its nodes has it.
+    at: usize,
+}
+
+impl Peer {
+    /// Starts it on the first of its nodes.
+    fn start(dirty_mib: u32) -> Result<Self> {
+        let mut hosts = PEER_NODES.map(Host::call).into_iter().collect::<Result<Vec<_>>>()?;
+        hosts[0].tell(&format!("start {dirty_mib}"))?;
+        wait_for(QEMU_GUEST)?;
+        Ok(Self { hosts, at: 0 })
     }
-    for mut host in hosts {
-        host.tell("end")?;
+
+    /// Ends what is left of it on the other node, where another QEMU waits for it then.
+    fn prepare(&mut self) -> Result<()> {
+        let other = &mut self.hosts[1 - self.at];
+        other.tell("end")?;
+        other.tell("wait").map(drop)
     }
-    median(kept)
+
+    /// Moves it to the other node; KiB that were sent. QEMU tells nothing that its bound could be computed from.
+    fn go(&mut self) -> Result<(f64, f64)> {
+        let (from, to) = (self.at, 1 - self.at);
+        let told = self.hosts[from].tell(&format!("move {}", node(PEER_NODES[to])))?;
+        self.at = to;
+        let sent = told.split("sent=").nth(1).context("no bytes sent")?;
+        Ok((sent.parse::<f64>()? / 1024.0, f64::NAN))
+    }
+
+    fn stop(mut self) -> Result<()> {
+        self.hosts.iter_mut().try_for_each(|host| host.tell("end").map(drop))
+    }
 }
 
 /// What a guest sends while `act` moves it, percent of what it sent before.
@@ -290,16 +302,17 @@ impl Customer<'_> {
         Ok(String::from_utf8(done.stdout)?)
     }
 
-    /// Starts our guest on node 1.
+    /// Starts our guest on the first of its nodes.
     fn start(&self, dirty_mib: u32) -> Result<Guest<'_>> {
         let (memory, dirty) = (GUEST_MIB.to_string(), dirty_mib.to_string());
         let program = programs::find("bench-guest")?;
         let program = program.to_str().context("a path that is no text")?.to_owned();
-        let order = ["run", "-d", "--name", "moving", "--node", "1", "--memory", &memory];
+        let node = OWN_NODES[0].to_string();
+        let order = ["run", "-d", "--name", "moving", "--node", &node, "--memory", &memory];
         self.onde(&[&order[..], &["--budget", "5000", "--", &program, "echo", &dirty]].concat())?;
         let job = self.broker.jobs(false, 1)?.jobs.pop().context("no job")?;
         wait_for(job.guest_ipv4)?;
-        Ok(Guest { customer: self, program, ipv4: job.guest_ipv4, node: Cell::new(1) })
+        Ok(Guest { customer: self, program, ipv4: job.guest_ipv4, at: Cell::new(0) })
     }
 }
 
@@ -308,27 +321,16 @@ struct Guest<'a> {
     customer: &'a Customer<'a>,
     program: String,
     ipv4: Ipv4Addr,
-    /// Where it is.
-    node: Cell<u64>,
+    /// Which of its nodes has it.
+    at: Cell<usize>,
 }
 
 impl Guest<'_> {
-    fn moves(&self) -> Result<Vec<Move>> {
-        let moves = (0..WARM_UPS + RUNS).map(|_| measure(self.ipv4, || self.go()));
-        Ok(moves.collect::<Result<Vec<_>>>()?.split_off(WARM_UPS))
-    }
-
-    /// What it keeps of its throughput, percent.
-    fn streams(&self) -> Result<f64> {
-        let kept = (0..STREAM_RUNS).map(|_| stream(self.ipv4, || self.go().map(drop)));
-        median(kept.collect::<Result<_>>()?)
-    }
-
     /// Moves to the other node; KiB that were sent, and the bound of the silence, ms.
     fn go(&self) -> Result<(f64, f64)> {
-        let (from, to) = (self.node.get(), 3 - self.node.get());
+        let (from, to) = (self.at.get(), 1 - self.at.get());
         let (guest, mac) = (self.ipv4, plan::mac(self.ipv4.octets()));
-        let frozen = Capture::start(from, 0, move |bytes, frame| {
+        let frozen = Capture::start(u64::from(OWN_NODES[from]), 0, move |bytes, frame| {
             // Frozen it sends under another MAC than its own.
             let is_frozen = frame.sender() == Some(guest) && frame.src_mac() != mac;
             let segment =
@@ -336,8 +338,9 @@ impl Guest<'_> {
             *bytes += segment.map_or(0, |segment| u64::from(segment.size));
             Ok(true)
         })?;
-        let told = self.customer.onde(&["migrate", "moving", &to.to_string(), "--json"])?;
-        self.node.set(to);
+        let told =
+            self.customer.onde(&["migrate", "moving", &OWN_NODES[to].to_string(), "--json"])?;
+        self.at.set(to);
         let lines: Vec<serde_json::Value> =
             told.lines().map(serde_json::from_str).collect::<Result<_, _>>()?;
         let rate = lines.iter().filter_map(|line| line["bytes_per_s"].as_f64()).next_back();

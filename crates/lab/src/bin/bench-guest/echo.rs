@@ -1,10 +1,14 @@
-//! What a guest does while it is moved: answers each UDP probe with the same bytes, and writes to every page of a
-//! known set all the time. Called by `main`.
+//! What a guest does while it is moved: answers each UDP probe with the same bytes, and keeps writing to every page of a
+//! known set. It writes while it is probed only: a guest that waits for its turn leaves the node to another. Called by
+//! `main`.
 
 use std::fs;
 use std::io::Write;
 use std::net::{Ipv4Addr, TcpListener, UdpSocket};
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use onde_sys::inet::Inet;
@@ -16,6 +20,8 @@ const PORT: u16 = 7007;
 /// Where whoever connects gets as many bytes as go.
 const STREAM_PORT: u16 = 7008;
 const PAGE: usize = 4096;
+/// Without a probe for so long nobody measures: longer than any silence of a move.
+const LULL: Duration = Duration::from_secs(2);
 /// Most of a probe that is answered.
 const PROBE_MAX: usize = 64;
 
@@ -55,8 +61,10 @@ pub fn used() -> Result<u64> {
 /// Answers probes for ever; another thread writes to `dirty_mib` MiB.
 pub fn serve(dirty_mib: &str) -> Result<()> {
     let size = dirty_mib.parse::<usize>()? << 20;
+    let probes = Arc::new(AtomicU64::new(0));
     if size > 0 {
-        std::thread::spawn(move || dirty(size));
+        let probes = probes.clone();
+        std::thread::spawn(move || dirty(size, &probes));
     }
     let listener = TcpListener::bind((Ipv4Addr::UNSPECIFIED, STREAM_PORT))?;
     std::thread::spawn(move || {
@@ -70,20 +78,28 @@ pub fn serve(dirty_mib: &str) -> Result<()> {
     let mut probe = [0; PROBE_MAX];
     loop {
         let (size, from) = socket.recv_from(&mut probe)?;
+        probes.fetch_add(1, Ordering::Relaxed);
         // A prober that is gone is no reason to end.
         let _ = socket.send_to(&probe[..size], from);
     }
 }
 
-/// Writes to each page of the set, over and over.
-fn dirty(size: usize) {
+/// Writes to each page of the set, over and over, until no probe came for a while; and again from the next one on.
+fn dirty(size: usize, probes: &AtomicU64) {
     let mut set = vec![1u8; size];
+    let (mut seen, mut last) = (0, Instant::now());
     loop {
-        for page in set.chunks_mut(PAGE) {
-            page[0] = page[0].wrapping_add(1);
+        let now = probes.load(Ordering::Relaxed);
+        if now != seen {
+            (seen, last) = (now, Instant::now());
         }
-        std::hint::black_box(&set);
+        if last.elapsed() < LULL {
+            for page in set.chunks_mut(PAGE) {
+                page[0] = page[0].wrapping_add(1);
+            }
+            std::hint::black_box(&set);
+        }
         // A pause makes the rate the set's size by the pause, whatever the processor.
-        std::thread::sleep(std::time::Duration::from_millis(10));
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
