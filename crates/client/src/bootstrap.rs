@@ -15,7 +15,8 @@ use std::time::{Duration, Instant};
 
 /// From BOOT until mstrap listens: the VM is made and starts, 0.3 s on emulated metal that is idle.
 const LISTEN_TIMEOUT: Duration = Duration::from_secs(30);
-/// One attempt to connect: a SYN that got lost in a bridge that had not learned the way is sent anew.
+/// The first attempt to connect: a SYN that got lost in a bridge that had not learned the way is sent anew. Each further
+/// one has twice as long: on a node so busy that an answer takes longer, none would succeed.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Between attempts that a node refused at once. There is nothing to be told by meanwhile.
 const RETRY_PAUSE: Duration = Duration::from_millis(50);
@@ -170,11 +171,16 @@ pub fn connect(
 ) -> Result<Channel, ChannelError> {
     let deadline = Instant::now() + patience;
     let peer = (ipv4, PORT).into();
+    let mut limit = CONNECT_TIMEOUT;
     loop {
         let attempt = Instant::now();
-        match Channel::connect(peer, &handle.job, &handle.key, CONNECT_TIMEOUT) {
+        match Channel::connect(peer, &handle.job, &handle.key, limit) {
             Err(ChannelError::Connection { .. }) if Instant::now() < deadline => {}
             done => return done,
+        }
+        if attempt.elapsed() >= limit {
+            let left = deadline.saturating_duration_since(Instant::now());
+            limit = (limit * 2).min(left.max(CONNECT_TIMEOUT));
         }
         std::thread::sleep(RETRY_PAUSE.saturating_sub(attempt.elapsed()));
     }
