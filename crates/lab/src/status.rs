@@ -26,7 +26,9 @@ pub const NODES_MAX: u8 = 64;
 
 impl Default for Shape {
     /// One processor a node: with two emulated ones (QEMU 7.2, a thread each), one VM set-up in a hundred hung its
-    /// node right at VMRUN; with one thread for both, guests with two processors crawl.
+    /// node right at VMRUN, and VMs of two processors crash. VMRUN leaves the vector of an interrupt that it injected in
+    /// `exception_index`; asked to leave its loop before the guest's next exit, the emulator delivers it once more, as
+    /// an exception. With one thread for both, guests with two processors crawl.
     fn default() -> Self {
         Self { nodes: 2, memory_mib: 1536, vcpus: 1, broker: true, keep_console: false }
     }
