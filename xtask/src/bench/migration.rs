@@ -99,10 +99,11 @@ pub fn run() -> Result<Vec<Figure>> {
         let (mut own, mut peers) = (Vec::new(), Vec::new());
         for run in 0..WARM_UPS + RUNS {
             peer.prepare()?;
-            let pair = (measure(QEMU_GUEST, || peer.go())?, measure(guest.ipv4, || guest.go())?);
+            let its = measure(QEMU_GUEST, || peer.go())?;
+            let ours = measure(guest.ipv4, || guest.go())?;
             if run >= WARM_UPS {
-                peers.push(pair.0);
-                own.push(pair.1);
+                peers.push(its);
+                own.push(ours);
             }
         }
         let of = |moves: &[Move], what: What| median(moves.iter().map(what).collect());
