@@ -186,6 +186,8 @@ impl fmt::Display for Note {
 
 struct Record {
     job: Job,
+    /// Where the job is in the agenda.
+    planned_ms: Option<u64>,
     tail: Tail,
     /// Memory of the node that it takes, MiB.
     reserved_mib: u32,
@@ -211,6 +213,8 @@ pub struct Node {
     disk_mib_free: u32,
     /// Jobs whose machine is on disk.
     saved: BTreeSet<JobId>,
+    /// When which job has to be looked at next. A walk over all of them at each look would grow with the square of their number.
+    agenda: BTreeSet<(u64, JobId)>,
     sweep_ms: u64,
 }
 
@@ -227,6 +231,7 @@ impl Node {
             mem_mib_free: config.mem_mib,
             disk_mib_free: config.disk_mib,
             saved: BTreeSet::new(),
+            agenda: BTreeSet::new(),
             sweep_ms: 0,
             config,
         }
@@ -253,13 +258,43 @@ impl Node {
 
     /// When [`Event::Timer`] is due; `None` while nobody lives here.
     pub fn wake_ms(&self) -> Option<u64> {
-        let there = self.slots.iter().flatten().chain(&self.saved).map(|id| &self.jobs[id].job);
-        there.filter(|job| job.is_going()).map(Job::due_ms).min()
+        self.agenda.first().map(|(at_ms, _)| *at_ms)
     }
 
     /// Takes in an event and returns what is to be done, in this order. `now_ms` is the uptime and never
     /// goes back.
     pub fn step(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
+        let job = self.job_of(&event);
+        let effects = self.take_in(now_ms, event);
+        if let Some(id) = job {
+            self.plan(id);
+        }
+        effects
+    }
+
+    /// The job that an event is about: no other one has to be looked at sooner or later for it.
+    fn job_of(&self, event: &Event) -> Option<JobId> {
+        let slot = match event {
+            Event::Packet(_, packet) => return Request::parse(packet).map(|(_, _, job)| job),
+            Event::Created(slot, _) | Event::Vmm(slot, _) | Event::OutOfMemory(slot) => slot,
+            Event::Read(slot, _) | Event::Gone(slot, ..) => slot,
+            Event::Console(..) | Event::Timer => return None,
+        };
+        *self.slots.get(*slot as usize)?
+    }
+
+    /// Notes when a job has to be looked at next.
+    fn plan(&mut self, id: JobId) {
+        let Some(record) = self.jobs.get_mut(&id) else { return };
+        let due_ms = record.job.is_going().then(|| record.job.due_ms());
+        let planned_ms = std::mem::replace(&mut record.planned_ms, due_ms);
+        if due_ms != planned_ms {
+            planned_ms.map(|at_ms| self.agenda.remove(&(at_ms, id)));
+            due_ms.map(|at_ms| self.agenda.insert((at_ms, id)));
+        }
+    }
+
+    fn take_in(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
         match event {
             Event::Packet(cookie, packet) => self.packet(now_ms, cookie, &packet),
             Event::Created(slot, done) => self.created(now_ms, slot, done),
@@ -413,6 +448,7 @@ impl Node {
         let spec = self.spec(&token, slot, file_mib, start);
         let record = Record {
             job: Job::new(token, slot, now_ms, &self.config.terms, room_mib),
+            planned_ms: None,
             tail: Tail::default(),
             reserved_mib: 0,
             shared_mib: 0,
@@ -607,17 +643,24 @@ impl Node {
             self.sweep_ms = now_ms + SWEEP_MS;
             self.jobs.retain(|_, record| !record.is_old(now_ms, KEPT_MS));
         }
+        let due = self.agenda.iter().take_while(|(at_ms, _)| *at_ms <= now_ms);
+        let due: Vec<JobId> = due.map(|(_, id)| *id).collect();
         let mut effects = Vec::new();
-        for slot in 0..VMS_MAX {
-            let Some(job) = self.tenant(slot).map(|record| &record.job) else { continue };
-            if job.is_going() && job.is_late(now_ms) {
-                effects.extend(self.late(now_ms, slot));
-            } else if job.is_going() && !job.is_saved() && now_ms >= job.due_ms() {
-                effects.push(Effect::Read(slot));
-            }
+        for id in due {
+            effects.extend(self.look(now_ms, id));
+            self.plan(id);
         }
-        effects.extend(self.charge_saved(now_ms));
         effects
+    }
+
+    /// Looks at a job whose time has come.
+    fn look(&mut self, now_ms: u64, id: JobId) -> Vec<Effect> {
+        let job = &self.jobs[&id].job;
+        match job.slot() {
+            Some(slot) if job.is_late(now_ms) => self.late(now_ms, slot),
+            Some(slot) if !job.is_saved() => vec![Effect::Read(slot)],
+            _ => self.charge_saved(now_ms, id),
+        }
     }
 
     /// Drops the record that ended first among those whose token nobody can show again.

@@ -123,23 +123,16 @@ impl Node {
         self.end(now_ms, slot, reason)
     }
 
-    /// Charges for all machines on disk whose time has come, purges those that paid for no more, and wakes up those
-    /// that can go on.
-    pub(super) fn charge_saved(&mut self, now_ms: u64) -> Vec<Effect> {
-        let is_due = |id: &&JobId| self.jobs[*id].job.due_ms() <= now_ms;
-        let due: Vec<JobId> = self.saved.iter().filter(is_due).copied().collect();
-        let mut effects = Vec::new();
-        for id in due {
-            let Some(record) = self.jobs.get_mut(&id) else { continue };
-            let verdict = record.job.charge_time(now_ms);
-            effects.extend(match verdict {
-                Verdict::Purge if record.job.slot().is_none() => {
-                    self.end_saved(now_ms, id, EndReason::OutOfTokens)
-                }
-                _ => self.wake_by_itself(now_ms, id),
-            });
+    /// Charges for a machine on disk whose time has come, purges one that paid for no more, and wakes up one that can go
+    /// on.
+    pub(super) fn charge_saved(&mut self, now_ms: u64, id: JobId) -> Vec<Effect> {
+        let Some(record) = self.jobs.get_mut(&id) else { return vec![] };
+        match record.job.charge_time(now_ms) {
+            Verdict::Purge if record.job.slot().is_none() => {
+                self.end_saved(now_ms, id, EndReason::OutOfTokens)
+            }
+            _ => self.wake_by_itself(now_ms, id),
         }
-        effects
     }
 
     /// Ends a job whose machine is on disk, and has no process.
