@@ -1,10 +1,12 @@
 //! Where vCPU threads stand still together: one of them calls the others out of the guest, has each save or load
-//! its own vCPU (no thread ever touches another's), does what it must, and lets them go.
+//! its own vCPU (no thread ever touches another's), does what it must, and lets them go. None saves before all stand
+//! still: one that runs could send the others an interrupt, which a state saved before would lack.
 //!
 //! ```text
-//!   caller:  call --- own vCPU --- all() waits --- works on the machine --- release     (the I/O thread has no vCPU)
-//!   others:  (kicked) called() --- own vCPU --- answer() waits ------------ back to the guest
+//!   caller:  call ------------- stand() --- own vCPU --- all() waits --- works on the machine --- release
+//!   others:  (kicked) called() - stand() --- own vCPU --- answer() waits ----------- back to the guest
 //! ```
+//! The I/O thread has no vCPU: it calls, and waits for the others.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
@@ -33,6 +35,8 @@ struct Inner {
     threads: Vec<Option<Thread>>,
     /// What each vCPU has still to do.
     calls: Vec<Option<Call>>,
+    /// Threads that stand still for the call.
+    standing: usize,
     /// What each vCPU answered: a state where it was to save one.
     answers: Vec<Option<Option<VcpuState>>>,
     on: bool,
@@ -47,6 +51,7 @@ impl Gathering {
         let inner = Inner {
             threads: (0..vcpus).map(|_| None).collect(),
             calls: Vec::new(),
+            standing: 0,
             answers: Vec::new(),
             on: false,
             over: 0,
@@ -71,7 +76,7 @@ impl Gathering {
             return false;
         }
         assert_eq!(calls.len(), inner.threads.len());
-        inner.on = true;
+        (inner.on, inner.standing) = (true, 0);
         inner.answers = calls.iter().map(|_| None).collect();
         inner.calls = calls.into_iter().map(Some).collect();
         self.on.store(true, Ordering::SeqCst);
@@ -90,6 +95,15 @@ impl Gathering {
             return None;
         }
         self.lock().calls.get_mut(id as usize)?.take()
+    }
+
+    /// A vCPU's thread is out of the guest, its access done: waits for all others', or for the machine's end.
+    pub fn stand(&self) {
+        let mut inner = self.lock();
+        inner.standing += 1;
+        self.changed.notify_all();
+        let until = |inner: &mut Inner| inner.standing < inner.threads.len() && !inner.ended;
+        drop(self.changed.wait_while(inner, until).unwrap_or_else(PoisonError::into_inner));
     }
 
     /// Another vCPU's answer: gives it and stands still until the caller is done.
@@ -141,7 +155,7 @@ mod tests {
 
     #[test]
     fn one_calls_and_all_stand_still() {
-        let gathering = Gathering::new(2);
+        let (gathering, still) = (Gathering::new(2), AtomicBool::new(false));
         assert!(gathering.called(1).is_none());
         assert!(gathering.call(Some(0), vec![Call::Save, Call::Save]));
         assert!(!gathering.call(None, vec![Call::Save, Call::Save]));
@@ -149,13 +163,19 @@ mod tests {
             scope.spawn(|| {
                 assert!(matches!(gathering.called(1), Some(Call::Save)));
                 assert!(gathering.called(1).is_none(), "one call is answered once");
+                std::thread::sleep(std::time::Duration::from_millis(20));
+                still.store(true, Ordering::SeqCst);
+                gathering.stand();
                 gathering.answer(1, None);
             });
+            gathering.stand();
+            assert!(still.load(Ordering::SeqCst), "one that ran on could have sent an interrupt");
             assert_eq!(gathering.all(0, None).map(|answers| answers.len()), Some(2));
             gathering.release();
         });
         assert!(gathering.call(Some(1), vec![Call::Save, Call::Save]));
         gathering.end();
+        gathering.stand();
         assert!(gathering.all(1, None).is_none(), "nobody answers in a machine that ended");
     }
 }

@@ -18,6 +18,7 @@ impl Vcpu {
     pub fn attend(&mut self, machine: &Machine) -> Result<(), Fault> {
         let Some(call) = machine.gathering.called(self.id) else { return Ok(()) };
         self.finish_access(machine)?;
+        machine.gathering.stand();
         let answer = match call {
             Call::Save => Some(VcpuState::save(&self.fd, &self.msrs)?),
             Call::Load(state) => {
@@ -63,6 +64,7 @@ impl Vcpu {
         // Its own part in it, which nobody else takes.
         let _ = machine.gathering.called(self.id);
         self.finish_access(machine)?;
+        machine.gathering.stand();
         let own = VcpuState::save(&self.fd, &self.msrs)?;
         let Some(states) = machine.gathering.all(self.id, Some(own)) else { return Ok(RESULT_OK) };
         let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
@@ -85,6 +87,7 @@ impl Vcpu {
             return Ok(RESULT_INVALID);
         }
         self.finish_access(machine)?;
+        machine.gathering.stand();
         let turn = machine.io_turn();
         machine.reset_devices()?;
         if let Some(Call::Load(own)) = machine.gathering.called(self.id) {
