@@ -10,16 +10,19 @@ use crate::world::{World, wait};
 
 /// Says numbers, about eight a second.
 const COUNT: &str = "i=0; while [ $i -lt 4000 ]; do i=$((i + 1)); echo $i; sleep 0.1; done";
-/// Tokens for a VM that boots, says a few numbers, and runs dry.
+/// Uses a processor up meanwhile.
+const SPIN: &str = "while :; do :; done & ";
+/// Tokens for a VM that boots, says a few numbers, and runs dry: soon, as it spins.
 const DRY: &str = "16";
 /// How much later than said a purge may be seen: the node looks once a second, and emulated ones are slow.
 const LATE_MAX: Duration = Duration::from_secs(20);
 
-/// Starts the counter as a detached job.
+/// Starts the counter as a detached job; one that shall run dry spins.
 fn start(world: &World, name: &str, budget: &str) -> Result<()> {
     let order =
         ["run", "-d", "--name", name, "--memory", "128", "--tokens", budget, "--budget", budget];
-    let program = ["--file", "/usr/bin/sleep", "--", "/bin/sh", "-c", COUNT];
+    let script = [if budget == DRY { SPIN } else { "" }, COUNT].concat();
+    let program = ["--file", "/usr/bin/sleep", "--", "/bin/sh", "-c", &script];
     world.onde([&order[..], &program].concat())?;
     wait("the program to count", || Ok(said(world, name)? >= 3))
 }

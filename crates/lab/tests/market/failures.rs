@@ -44,7 +44,9 @@ fn foreign_elf() -> Vec<u8> {
 /// A job's tokens run out: its VM goes, the customer is told, and the account lost exactly the budget.
 pub fn out_of_tokens(world: &World) -> Result<()> {
     let before = world.balance()?;
-    let run = ["run", "--tokens", "6", "--budget", "6", "--", "/usr/bin/sleep", "600"];
+    // It spins, so that they do soon.
+    let spin = "while :; do :; done";
+    let run = ["run", "--tokens", "6", "--budget", "6", "--", "/bin/sh", "-c", spin];
     world.onde_fails(run, 125, "token")?;
     let job = world.newest_job()?;
     ensure!(world.cost(&job)? == 6 * job.value_micro, "it cost {}", world.cost(&job)?);

@@ -108,18 +108,18 @@ fn of_another_version(bytes: &[u8]) -> Result<Vec<u8>> {
     Ok(out)
 }
 
-/// Clones of the case below where `ONDE_CLONES` says no other number. More than these need a larger node:
-/// `ONDE_NODE_MIB`.
+/// Clones of the case below where `ONDE_CLONES` says no other number. More than these need larger nodes:
+/// `ONDE_NODE_MIB`, `ONDE_NODE_VCPUS`.
 const CLONES: usize = 8;
 /// What each may hold for itself, MiB; its guest has 128.
 const HELD_MIB: &str = "16";
-/// Counts, and draws: what it draws once it has another name is a clone's first draw. It rests for a second at each
-/// step without a process of its own, since a hundred clones share one emulated processor.
+/// Counts, and draws: what it draws once it has another name is a clone's first draw. It rests for REST
+/// seconds at each step without a process of its own: a hundred clones share one emulated processor, and a step takes 11 ms of it.
 const DRAW: &str = "exec 9<> <(:); read -r mine < /proc/sys/kernel/hostname; i=0; \
                     while :; do i=$((i + 1)); echo $i > /dev/shm/count; \
                     read -r name < /proc/sys/kernel/hostname; read -r draw < /proc/sys/kernel/random/uuid; \
                     [ $name = $mine ] || [ -e /dev/shm/first ] || echo $draw > /dev/shm/first; \
-                    read -r -t 1 -u 9; done";
+                    read -r -t REST -u 9; done";
 /// How far it counted and who it is: name, machine id, MAC, and two draws, the first one and one of now.
 const WHO: &str = "until read -r n < /dev/shm/count && read -r first < /dev/shm/first; do :; done; \
                    read -r name < /proc/sys/kernel/hostname; read -r id < /etc/machine-id; \
@@ -132,7 +132,7 @@ pub fn clones_share_a_template(world: &World) -> Result<()> {
     let wanted = std::env::var("ONDE_CLONES").map_or(Ok(CLONES), |count| count.parse())?;
     let file = world.file("template");
     let file = file.to_str().context("a path")?;
-    let before = snapshot_of_drawer(world, file)?;
+    let before = snapshot_of_drawer(world, file, 1 + wanted / 10)?;
     let money = world.balance()?;
     let begun = Instant::now();
     let template = world.onde(["boot", "--from", file, "--node", "1", "--template"])?;
@@ -182,14 +182,15 @@ pub fn clones_share_a_template(world: &World) -> Result<()> {
     })
 }
 
-/// The file of a VM whose program draws numbers; how far it had counted.
-fn snapshot_of_drawer(world: &World, file: &str) -> Result<u64> {
+/// The file of a VM whose program draws numbers and rests for so many seconds; how far it had counted.
+fn snapshot_of_drawer(world: &World, file: &str, rest_s: usize) -> Result<u64> {
     let id = world.file("machine-id");
     fs::write(&id, "0123456789abcdef0123456789abcdef\n")?;
     let id = format!("{}:/etc/machine-id", id.to_str().context("a path")?);
     let order = ["run", "-d", "--name", "source", "--memory", "128"];
     let files = ["--file", &id, "--file", "/bin/sh"];
-    world.onde([&order[..], &files, &["--", "/bin/bash", "-c", DRAW]].concat())?;
+    let draw = DRAW.replace("REST", &rest_s.to_string());
+    world.onde([&order[..], &files, &["--", "/bin/bash", "-c", &draw]].concat())?;
     wait("the program to count", || Ok(count(world, "source")? >= 2))?;
     let before = count(world, "source")?;
     world.onde(["snapshot", "source", "-o", file])?;
