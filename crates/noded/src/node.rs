@@ -264,23 +264,19 @@ impl Node {
     /// Takes in an event and returns what is to be done, in this order. `now_ms` is the uptime and never
     /// goes back.
     pub fn step(&mut self, now_ms: u64, event: Event) -> Vec<Effect> {
-        let job = self.job_of(&event);
+        let slot = match &event {
+            Event::Created(slot, _) | Event::Vmm(slot, _) | Event::OutOfMemory(slot) => Some(*slot),
+            Event::Read(slot, _) | Event::Gone(slot, ..) => Some(*slot),
+            // These see to their jobs' times themselves, or change none.
+            Event::Packet(..) | Event::Console(..) | Event::Timer => None,
+        };
+        // Nobody else has to be looked at sooner or later for it. Afterwards the slot may be free.
+        let tenant = slot.and_then(|slot| *self.slots.get(slot as usize)?);
         let effects = self.take_in(now_ms, event);
-        if let Some(id) = job {
+        if let Some(id) = tenant {
             self.plan(id);
         }
         effects
-    }
-
-    /// The job that an event is about: no other one has to be looked at sooner or later for it.
-    fn job_of(&self, event: &Event) -> Option<JobId> {
-        let slot = match event {
-            Event::Packet(_, packet) => return Request::parse(packet).map(|(_, _, job)| job),
-            Event::Created(slot, _) | Event::Vmm(slot, _) | Event::OutOfMemory(slot) => slot,
-            Event::Read(slot, _) | Event::Gone(slot, ..) => slot,
-            Event::Console(..) | Event::Timer => return None,
-        };
-        *self.slots.get(*slot as usize)?
     }
 
     /// Notes when a job has to be looked at next.
@@ -289,8 +285,10 @@ impl Node {
         let due_ms = record.job.is_going().then(|| record.job.due_ms());
         let planned_ms = std::mem::replace(&mut record.planned_ms, due_ms);
         if due_ms != planned_ms {
-            planned_ms.map(|at_ms| self.agenda.remove(&(at_ms, id)));
-            due_ms.map(|at_ms| self.agenda.insert((at_ms, id)));
+            if let Some(at_ms) = planned_ms {
+                self.agenda.remove(&(at_ms, id));
+            }
+            self.agenda.extend(due_ms.map(|at_ms| (at_ms, id)));
         }
     }
 
@@ -320,6 +318,13 @@ impl Node {
     fn packet(&mut self, now_ms: u64, cookie: Cookie, packet: &Packet) -> Vec<Effect> {
         let Some((request, nonce, job)) = Request::parse(packet) else { return vec![] };
         let caller = Caller { cookie, nonce, job, party: Party::of(packet) };
+        let effects = self.request(now_ms, caller, request);
+        self.plan(job);
+        effects
+    }
+
+    fn request(&mut self, now_ms: u64, caller: Caller, request: Request) -> Vec<Effect> {
+        let job = caller.job;
         let refused = |status| Reply::Refused(request.op(), status);
         if let Request::Boot(token, _) = request {
             // The reply goes under the key of the job in the header: it has to be the token's.

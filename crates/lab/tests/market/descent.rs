@@ -17,11 +17,11 @@ const DRY: &str = "16";
 /// How much later than said a purge may be seen: the node looks once a second, and emulated ones are slow.
 const LATE_MAX: Duration = Duration::from_secs(20);
 
-/// Starts the counter as a detached job; one that shall run dry spins.
-fn start(world: &World, name: &str, budget: &str) -> Result<()> {
+/// Starts the counter as a detached job, with `beside` to do meanwhile.
+fn start(world: &World, name: &str, budget: &str, beside: &str) -> Result<()> {
     let order =
         ["run", "-d", "--name", name, "--memory", "128", "--tokens", budget, "--budget", budget];
-    let script = [if budget == DRY { SPIN } else { "" }, COUNT].concat();
+    let script = [beside, COUNT].concat();
     let program = ["--file", "/usr/bin/sleep", "--", "/bin/sh", "-c", &script];
     world.onde([&order[..], &program].concat())?;
     wait("the program to count", || Ok(said(world, name)? >= 3))
@@ -57,7 +57,7 @@ fn settle(world: &World, name: &str, before: u64) -> Result<()> {
 
 pub fn by_hand(world: &World) -> Result<()> {
     let before = world.balance()?;
-    start(world, "sleeper", "100")?;
+    start(world, "sleeper", "100", "")?;
     let free = world.hello(world.newest_job()?.node)?.mem_mib_free;
     for _ in 0..3 {
         let told = world.onde(["suspend", "sleeper"])?;
@@ -90,7 +90,7 @@ fn said_before(world: &World, name: &str) -> Result<u64> {
 
 pub fn dry_then_paid(world: &World) -> Result<()> {
     let before = world.balance()?;
-    start(world, "dry", DRY)?;
+    start(world, "dry", DRY, SPIN)?;
     wait("the VM to be asleep", || Ok(stage(world, "dry")? == "suspended"))?;
     let asleep = status(world, "dry")?;
     ensure!(asleep["wake_micro"].as_u64() > Some(0), "{asleep}");
@@ -104,7 +104,7 @@ pub fn dry_then_paid(world: &World) -> Result<()> {
 
 pub fn purged_in_time(world: &World) -> Result<()> {
     let before = world.balance()?;
-    start(world, "gone", DRY)?;
+    start(world, "gone", DRY, SPIN)?;
     wait("the VM to be asleep", || Ok(stage(world, "gone")? == "suspended"))?;
     let (asked, mut last) = (Instant::now(), Instant::now());
     let purge_s = status(world, "gone")?["purge_s"].as_u64().context("no time")?;

@@ -117,8 +117,9 @@ fn processors_or_crash(world: &World) -> Result<Option<String>> {
         let is_emulated =
             lab.and_then(|lab| lab.status()).is_ok_and(|lab| lab.accelerator == "tcg");
         // A triple fault, a VM that the processor refuses to enter, or a node that stands still for good.
-        let has_crashed = consoles.contains("ended (Reset)") || consoles.contains("FailEntry(");
-        let has_crashed = has_crashed || onde(&["node", "ls", "--json"]).is_ok_and(is_one_silent);
+        let has_crashed = consoles.contains("ended (Reset)")
+            || consoles.contains("FailEntry(")
+            || onde(&["node", "ls", "--json"]).is_ok_and(is_one_silent);
         let error = error.context(format!("{status}\n{consoles}"));
         if is_emulated && has_crashed { Ok(Some(format!("{error:#}"))) } else { Err(error) }
     });

@@ -109,7 +109,7 @@ fn of_another_version(bytes: &[u8]) -> Result<Vec<u8>> {
 }
 
 /// Clones of the case below where `ONDE_CLONES` says no other number. More than these need larger nodes:
-/// `ONDE_NODE_MIB`, `ONDE_NODE_VCPUS`.
+/// `ONDE_NODE_MIB`.
 const CLONES: usize = 8;
 /// What each may hold for itself, MiB; its guest has 128.
 const HELD_MIB: &str = "16";

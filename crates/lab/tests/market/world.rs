@@ -55,9 +55,7 @@ impl World {
         let usual = Shape::default();
         let memory_mib =
             std::env::var("ONDE_NODE_MIB").map_or(Ok(usual.memory_mib), |mib| mib.parse())?;
-        let vcpus =
-            std::env::var("ONDE_NODE_VCPUS").map_or(Ok(usual.vcpus), |count| count.parse())?;
-        let lab = Lab::up_for_now(&dir.join("lab"), &Shape { memory_mib, vcpus, ..usual }, &[])?;
+        let lab = Lab::up_for_now(&dir.join("lab"), &Shape { memory_mib, ..usual }, &[])?;
         lab.enter()?;
         let admin = fs::read_to_string(lab.dir().join("admin.key"))?;
         let url = lab.broker_url()?;

@@ -17,8 +17,7 @@ impl Vcpu {
     /// Before each KVM_RUN: does what another vCPU's thread called for, then stands still until that is done.
     pub fn attend(&mut self, machine: &Machine) -> Result<(), Fault> {
         let Some(call) = machine.gathering.called(self.id) else { return Ok(()) };
-        self.finish_access(machine)?;
-        machine.gathering.stand();
+        self.stand_still(machine)?;
         let answer = match call {
             Call::Save => Some(VcpuState::save(&self.fd, &self.msrs)?),
             Call::Load(state) => {
@@ -27,6 +26,13 @@ impl Vcpu {
             }
         };
         machine.gathering.answer(self.id, answer);
+        Ok(())
+    }
+
+    /// Waits, with no access under way, until all vCPUs stand still.
+    fn stand_still(&mut self, machine: &Machine) -> Result<(), Fault> {
+        self.finish_access(machine)?;
+        machine.gathering.stand();
         Ok(())
     }
 
@@ -63,8 +69,7 @@ impl Vcpu {
         }
         // Its own part in it, which nobody else takes.
         let _ = machine.gathering.called(self.id);
-        self.finish_access(machine)?;
-        machine.gathering.stand();
+        self.stand_still(machine)?;
         let own = VcpuState::save(&self.fd, &self.msrs)?;
         let Some(states) = machine.gathering.all(self.id, Some(own)) else { return Ok(RESULT_OK) };
         let vcpus = states.iter().flatten().map(VcpuState::emit).collect();
@@ -86,8 +91,7 @@ impl Vcpu {
         if !machine.gathering.call(Some(self.id), calls) {
             return Ok(RESULT_INVALID);
         }
-        self.finish_access(machine)?;
-        machine.gathering.stand();
+        self.stand_still(machine)?;
         let turn = machine.io_turn();
         machine.reset_devices()?;
         if let Some(Call::Load(own)) = machine.gathering.called(self.id) {
