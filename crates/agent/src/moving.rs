@@ -19,7 +19,7 @@ use onde_wire::bootstrap::{REPORT_SIZE, Report};
 use onde_wire::machine::Identity;
 use onde_wire::machine::control::{REG_COMMIT, REG_FLOW, REG_JUDGE};
 use onde_wire::session::{AgentFrame, Round, Ticket};
-use std::io::{self, ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::time::{Duration, Instant};
 
@@ -36,12 +36,16 @@ use crate::target::{self, Target};
 const QUESTION: Policy = Policy { tries: 1, first: Duration::from_millis(200) };
 /// A client that takes no word for so long hears no more.
 const CLIENT_TIMEOUT: Duration = Duration::from_secs(2);
-/// Bytes under way in a round that may be the last one before FREEZE. They were written by the kernel, and are noise that does
-/// not pack: they cost more time frozen than they save before.
-const IN_FLIGHT: usize = 32 << 10;
+/// Bytes of the stream that are under way at once in a round that may be the last one before FREEZE. The kernel keeps them in
+/// pages of its own, which have to be copied again, and they are noise that does not pack: it takes the same pages for the next
+/// ones only once the peer has all of these.
+const IN_FLIGHT: u64 = 12 << 10;
 /// The first round is most of the work and no race, since what is written meanwhile is sent again anyway: the machine's programs
 /// come first. With so much less weight (sched(7), a step is a factor of 1.25) it takes a ninth of a processor that they want, too.
 const YIELDING: i32 = 9;
+/// Later rounds are a race with those who write, but not for the whole of a processor: with this weight it gets a quarter of one
+/// that they want, too.
+const RACING: i32 = 5;
 /// Frozen, all others wait for the end of the stream, and nobody hears of what they do meanwhile.
 const HURRYING: i32 = -20;
 /// How long FREEZE waits for an acknowledgement: it is better without, and right with it.
@@ -147,13 +151,25 @@ struct Road<'a> {
     stream: StreamWriter<&'a mut Writer>,
     pages_left: u64,
     told: Instant,
+    /// In a round that may be the last one before FREEZE: how many bytes of the stream the peer has.
+    arrived: Option<u64>,
+    is_frozen: bool,
     /// Nothing more is told: the client is gone, which is no reason to stay, or this machine is frozen.
     is_silent: bool,
 }
 
 impl<'a> Road<'a> {
     fn new(client: &'a mut FrameWriter<Writer>, stream: StreamWriter<&'a mut Writer>) -> Self {
-        Self { client, stream, pages_left: 0, told: Instant::now(), is_silent: false }
+        let told = Instant::now();
+        Self {
+            client,
+            stream,
+            pages_left: 0,
+            told,
+            arrived: None,
+            is_frozen: false,
+            is_silent: false,
+        }
     }
 
     fn tell(&mut self, frame: &AgentFrame<'_>) {
@@ -162,6 +178,14 @@ impl<'a> Road<'a> {
             client.agent(frame).and_then(|()| client.flush()).is_err()
         };
         self.is_silent = self.is_silent || is_gone(self.client);
+    }
+
+    /// Leaves nothing of the stream so far in memory, where it would be copied, too; how many bytes of it the peer has.
+    fn wipe(&mut self) -> io::Result<u64> {
+        self.stream.wipe();
+        self.stream.out().flush_and_wipe()?;
+        await_acknowledged(self.stream.out());
+        Ok(self.stream.sent())
     }
 
     /// The rest of the stream. What it returns tells whether its last byte may be on its way.
@@ -180,13 +204,14 @@ impl<'a> Road<'a> {
 impl Sink for Road<'_> {
     fn round(&mut self, round: Round) -> io::Result<()> {
         self.pages_left = round.pages;
-        if round.pages <= FEW {
-            self.stream.out().set_in_flight(IN_FLIGHT)?;
-        }
-        match round.number {
-            0 => take_turns(YIELDING),
-            1 => take_turns(0),
-            _ => {}
+        let is_careful = round.pages <= FEW && !self.is_frozen;
+        self.arrived = if is_careful { Some(self.wipe()?) } else { None };
+        if !self.is_frozen {
+            take_turns(match round.number {
+                0 => YIELDING,
+                _ if is_careful => 0,
+                _ => RACING,
+            });
         }
         self.tell(&AgentFrame::Round(round));
         Ok(())
@@ -194,6 +219,11 @@ impl Sink for Road<'_> {
 
     fn memory(&mut self, address: u64, bytes: &[u8]) -> io::Result<()> {
         self.stream.memory(address, bytes)?;
+        if self.arrived.is_some_and(|arrived| self.stream.sent() - arrived >= IN_FLIGHT) {
+            self.stream.out().flush()?;
+            await_acknowledged(self.stream.out());
+            self.arrived = Some(self.stream.sent());
+        }
         self.pages_left =
             self.pages_left.saturating_sub(bytes.len() as u64 / onde_wire::machine::PAGE_SIZE);
         if self.told.elapsed() >= PROGRESS {
@@ -212,15 +242,14 @@ impl Sink for Road<'_> {
         let bytes = self.stream.sent();
         self.tell(&AgentFrame::Sent { pages_left: self.pages_left, bytes });
         self.is_silent = true;
-        self.stream.wipe();
         // What breaks here breaks again at the next record.
-        let _ = self.stream.out().flush_and_wipe();
-        await_acknowledged(self.stream.out());
+        let _ = self.wipe();
         // A kernel that refuses keeps its own, longer time.
         let _ = self.stream.out().set_patience(FROZEN_TIMEOUT);
     }
 
     fn frozen(&mut self) {
+        self.is_frozen = true;
         take_turns(HURRYING);
     }
 }

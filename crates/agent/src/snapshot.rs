@@ -36,6 +36,8 @@ const PATIENCE: u32 = 3;
 const ROUNDS_MAX: u32 = 64;
 /// Pages that are read at once: what makes two records.
 const PAGES_MAX: u64 = 2 * RUN_MAX / PAGE_SIZE;
+/// The same in a round that may be the last one: what they are read into and packed into has to be copied again.
+const RUN_OF_FEW: u64 = 4;
 
 /// Where a copy's memory goes. An error ends the copy.
 pub trait Sink {
@@ -173,7 +175,7 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             let are_free = &mut are_free[..(chunk.end - first) as usize];
             self.machine.are_free(self.start.space.address(first) / PAGE_SIZE, are_free);
             let used = chunk.zip(are_free).filter(|(_, is_free)| !**is_free).map(|(page, _)| page);
-            for run in runs(self.start.space, used) {
+            for run in runs(self.start.space, used, PAGES_MAX) {
                 self.send(run)?;
             }
         }
@@ -183,9 +185,22 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
     /// Sends pages, counted as in the bitmap, as they are now.
     fn send(&mut self, run: Range<u64>) -> Result<(), Failed> {
         let at = self.start.space.address(run.start);
-        self.buffer.resize(((run.end - run.start) * PAGE_SIZE) as usize, 0);
-        self.machine.read(MIRROR_START + at, &mut self.buffer).map_err(machine_failed)?;
-        Ok(self.sink.memory(at, &self.buffer)?)
+        let size = (run.end - run.start) * PAGE_SIZE;
+        self.pass_on(at, MIRROR_START + at, size as usize)
+    }
+
+    /// Sends what a window has at `from` as memory from `at` on.
+    fn pass_on(&mut self, at: u64, from: u64, size: usize) -> Result<(), Failed> {
+        self.buffer.resize(self.buffer.len().max(size), 0);
+        let bytes = &mut self.buffer[..size];
+        self.machine.read(from, bytes).map_err(machine_failed)?;
+        Ok(self.sink.memory(at, bytes)?)
+    }
+
+    /// Leaves nothing of what was read in memory, where it would be copied, too.
+    fn wipe(&mut self) {
+        self.buffer.fill(0);
+        self.buffer.clear();
     }
 
     /// Sends what was written until that is little enough to freeze.
@@ -249,8 +264,10 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
         self.machine.read(BITMAP_START, &mut bitmap).map_err(machine_failed)?;
         let is_set = |page: &u64| bitmap[(page / 8) as usize] >> (page % 8) & 1 == 1;
         let count = (0..pages).filter(is_set).count() as u64;
+        self.wipe();
         self.begin_round(count)?;
-        for run in runs(self.start.space, (0..pages).filter(is_set)) {
+        let longest = if count <= FEW { RUN_OF_FEW } else { PAGES_MAX };
+        for run in runs(self.start.space, (0..pages).filter(is_set), longest) {
             self.send(run)?;
         }
         Ok(count)
@@ -263,7 +280,7 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
             // Mapped now, and not while the network stands still.
             self.machine.read(FROZEN_START, &mut [0; 8]).map_err(machine_failed)?;
             self.sink.freezing();
-            self.buffer.fill(0);
+            self.wipe();
             let role = match self.role {
                 Role::Forked => {
                     // None of them runs in the copy until the copy is somebody else and lets it.
@@ -349,10 +366,8 @@ impl<M: Machine, S: Sink> Copy<'_, M, S> {
                 match self.role {
                     Role::Forked => self.sink.memory(part[0], &pages[bytes])?,
                     Role::Moved => {
-                        self.buffer.resize(bytes.len(), 0);
                         let window = FROZEN_START + frozen.pages_at() + bytes.start as u64;
-                        self.machine.read(window, &mut self.buffer).map_err(machine_failed)?;
-                        self.sink.memory(part[0], &self.buffer)?;
+                        self.pass_on(part[0], window, bytes.len())?;
                     }
                 }
             }
@@ -370,8 +385,12 @@ struct Saved {
     pages: Vec<u8>,
 }
 
-/// Pages in rising order as runs, each of one piece of `space` and none longer than a record takes.
-fn runs(space: Space, pages: impl Iterator<Item = u64>) -> impl Iterator<Item = Range<u64>> {
+/// Pages in rising order as runs, each of one piece of `space` and none longer than `longest`.
+fn runs(
+    space: Space,
+    pages: impl Iterator<Item = u64>,
+    longest: u64,
+) -> impl Iterator<Item = Range<u64>> {
     let mut pages = pages.peekable();
     std::iter::from_fn(move || {
         let start = pages.next()?;
@@ -379,7 +398,7 @@ fn runs(space: Space, pages: impl Iterator<Item = u64>) -> impl Iterator<Item = 
         let first = space.address(start);
         let goes_on = |run: &Range<u64>, page: u64| {
             let size = (page - start) * PAGE_SIZE;
-            page == run.end && page - start < PAGES_MAX && space.address(page) == first + size
+            page == run.end && page - start < longest && space.address(page) == first + size
         };
         while pages.next_if(|&page| goes_on(&run, page)).is_some() {
             run.end += 1;

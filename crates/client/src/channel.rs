@@ -106,7 +106,7 @@ impl Channel {
                 filled: 0,
                 plain: 0..0,
             },
-            writer: Writer { stream, cipher: outgoing, record: buffer(), size: 0 },
+            writer: Writer { stream, cipher: outgoing, record: buffer(), size: 0, used: 0 },
         }
     }
 }
@@ -207,6 +207,8 @@ pub struct Writer {
     record: Box<[u8]>,
     /// Plaintext bytes that wait in `record`.
     size: usize,
+    /// Bytes of `record` that may not be zero.
+    used: usize,
 }
 
 impl Writer {
@@ -225,11 +227,6 @@ impl Writer {
     /// The connection's two ends: here and there.
     pub fn ends(&self) -> io::Result<(SocketAddr, SocketAddr)> {
         Ok((self.stream.local_addr()?, self.stream.peer_addr()?))
-    }
-
-    /// Keeps so few bytes under way that the kernel's pages for them are used again and again.
-    pub fn set_in_flight(&self, bytes: usize) -> io::Result<()> {
-        Ok(rustix::net::sockopt::set_socket_send_buffer_size(&*self.stream, bytes)?)
     }
 
     /// Tells the peer that no more comes; the other direction goes on.
@@ -271,13 +268,15 @@ impl Writer {
     /// Flushes, and leaves nothing of it in memory: a machine that is about to be copied has less to copy.
     pub fn flush_and_wipe(&mut self) -> io::Result<()> {
         self.flush()?;
-        self.record.fill(0);
+        self.record[..self.used].fill(0);
+        self.used = 0;
         Ok(())
     }
 
     /// Seals the record and hands it to the kernel.
     fn send(&mut self, flags: SendFlags) -> io::Result<()> {
         let wire = self.cipher.seal(&mut self.record, std::mem::take(&mut self.size));
+        self.used = self.used.max(wire);
         let mut rest = &self.record[..wire];
         while !rest.is_empty() {
             match rustix::net::send(&*self.stream, rest, flags | SendFlags::NOSIGNAL) {
@@ -334,6 +333,20 @@ mod tests {
             scope.spawn(move || check(client.reader));
             check(server.reader);
         });
+    }
+
+    #[test]
+    fn wiping_leaves_nothing_of_a_record() {
+        let (client, server) = pair([7; 32]);
+        let (mut client, mut server) = (client.unwrap(), server.unwrap());
+        for text in [&b"longer than the next one"[..], b"short"] {
+            client.writer.write_all(text).unwrap();
+            client.writer.flush_and_wipe().unwrap();
+            assert!(client.writer.record.iter().all(|byte| *byte == 0));
+            let mut got = vec![0; text.len()];
+            server.reader.read_exact(&mut got).unwrap();
+            assert_eq!(got, text);
+        }
     }
 
     #[test]

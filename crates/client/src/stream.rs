@@ -39,12 +39,14 @@ pub struct Record {
 pub struct Packer {
     table: CompressTable,
     room: Box<[u8]>,
+    /// Bytes of `room` that may not be zero.
+    used: usize,
 }
 
 impl Default for Packer {
     fn default() -> Self {
         let room = vec![0; get_maximum_output_size(RUN_MAX as usize)].into();
-        Self { table: CompressTable::small(), room }
+        Self { table: CompressTable::small(), room, used: 0 }
     }
 }
 
@@ -61,10 +63,14 @@ impl Packer {
     fn pack<'a>(&'a mut self, address: u64, run: &'a [u8]) -> (Head, &'a [u8]) {
         let (kind, payload) = match is_zero(run) {
             true => (Kind::Zero, &[][..]),
-            false => match compress_into_with_table(run, &mut self.room, &mut self.table) {
-                Ok(size) if size < run.len() => (Kind::Lz4, &self.room[..size]),
-                _ => (Kind::Raw, run),
-            },
+            false => {
+                // Not all of it counts in the end.
+                self.used = self.used.max(get_maximum_output_size(run.len()));
+                match compress_into_with_table(run, &mut self.room, &mut self.table) {
+                    Ok(size) if size < run.len() => (Kind::Lz4, &self.room[..size]),
+                    _ => (Kind::Raw, run),
+                }
+            }
         };
         let payload_size = payload.len() as u32;
         (Head { kind, payload_size, address, mem_size: run.len() as u64 }, payload)
@@ -98,7 +104,7 @@ impl<W: Write> StreamWriter<W> {
         if let Some(packer) = &mut self.packer {
             // Packing begins with an empty table, so packing nothing leaves one.
             let _ = compress_into_with_table(&[], &mut packer.room, &mut packer.table);
-            packer.room.fill(0);
+            packer.room[..std::mem::take(&mut packer.used)].fill(0);
         }
     }
 
@@ -211,7 +217,10 @@ fn runs(mut address: u64, mut bytes: &[u8]) -> impl Iterator<Item = (u64, &[u8])
 }
 
 fn is_zero(bytes: &[u8]) -> bool {
-    bytes.iter().all(|byte| *byte == 0)
+    // In pieces that a compiler makes a few instructions of.
+    let (pieces, rest) = bytes.as_chunks::<64>();
+    let is_zero = |piece: &[u8]| piece.iter().fold(0, |all, byte| all | byte) == 0;
+    pieces.iter().all(|piece| is_zero(piece)) && is_zero(rest)
 }
 
 #[cfg(test)]
@@ -250,6 +259,28 @@ mod tests {
         }
         assert!(rest.is_empty());
         (pieces, kinds, state)
+    }
+
+    #[test]
+    fn wiping_leaves_nothing_of_what_was_packed() {
+        let noise: Vec<u8> = (0..8 * 4096u32).map(|i| (i.wrapping_mul(i) >> 7) as u8).collect();
+        let mut stream = StreamWriter::start(Vec::new(), &START).unwrap();
+        for bytes in [&noise[..], &[7; 4096], &noise[..4096]] {
+            stream.memory(0x1000, bytes).unwrap();
+            assert!(!is_zero(&stream.packer.as_ref().unwrap().room));
+            stream.wipe();
+            assert!(is_zero(&stream.packer.as_ref().unwrap().room));
+        }
+    }
+
+    #[test]
+    fn a_page_is_zero_if_all_of_it_is() {
+        assert!(is_zero(&[]) && is_zero(&[0; 4096]) && is_zero(&[0; 100]));
+        for at in [0, 63, 64, 127, 128, 149] {
+            let mut bytes = [0; 150];
+            bytes[at] = 1;
+            assert!(!is_zero(&bytes), "{at}");
+        }
     }
 
     #[test]

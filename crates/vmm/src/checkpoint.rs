@@ -62,7 +62,7 @@ impl Checkpoint {
             // Some pages may be left from an earlier start: KVM goes on with its log if there is one.
             self.collect(vm)?;
             self.disk.iter().try_for_each(|disk| disk.mark_data())?;
-            prepare_window(&self.frozen)?;
+            prepare_window(&self.frozen, PAGE_SIZE)?;
         } else if self.held.is_none() {
             clear_window(&self.frozen)?;
         }
@@ -76,6 +76,11 @@ impl Checkpoint {
             return Ok(Err(RESULT_INVALID));
         }
         let pages = self.collect(vm)?;
+        if self.held.is_none() && pages.count() <= FROZEN_PAGES_MAX {
+            // FREEZE may have as many.
+            let next = Frozen { state_size: 0, page_count: pages.count() };
+            prepare_window(&self.frozen, next.pages_at() + PAGE_SIZE * next.page_count)?;
+        }
         let window = self.bitmap.as_volatile_slice();
         window.write_slice(&pages.emit(), 0).fault(Part::Memory, "write BITMAP")?;
         Ok(Ok(()))

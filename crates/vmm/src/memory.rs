@@ -210,9 +210,12 @@ pub fn map_frozen(size: u64) -> Result<MmapRegion, Fault> {
     aligned(size.next_multiple_of(HUGE_PAGE), rustix::mm::Advice::LinuxHugepage)
 }
 
-/// Has the first huge page of a window there before it is needed in haste.
-pub fn prepare_window(window: &MmapRegion) -> Result<(), Fault> {
-    window.as_volatile_slice().write_obj(0u8, 0).fault(Part::Memory, "prepare a window")
+/// Has the huge pages of a window's first `size` bytes there before they are needed in haste. The window is empty.
+pub fn prepare_window(window: &MmapRegion, size: u64) -> Result<(), Fault> {
+    let mut starts = (0..size).step_by(HUGE_PAGE as usize);
+    starts
+        .try_for_each(|at| window.as_volatile_slice().write_obj(0u8, at as usize))
+        .fault(Part::Memory, "prepare a window")
 }
 
 /// Gives a window's pages back to the host; it reads as zeros from then on.

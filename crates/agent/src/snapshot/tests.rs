@@ -387,5 +387,5 @@ fn runs_are_no_longer_than_what_is_read_at_once_and_of_one_piece() {
     let pages = (0..40).chain([50]).chain(hole - 1..hole + 1).chain(disk - 1..disk + 2);
     let expect =
         [0..30, 30..40, 50..51, hole - 1..hole, hole..hole + 1, disk - 1..disk, disk..disk + 2];
-    assert_eq!(runs(space, pages).collect::<Vec<_>>(), expect);
+    assert_eq!(runs(space, pages, PAGES_MAX).collect::<Vec<_>>(), expect);
 }
