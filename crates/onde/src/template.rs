@@ -31,8 +31,9 @@ const AT_ONCE_MAX: u32 = 16;
 /// How long a template may take from its last byte to being one: its VMM fills small holes.
 const KEEP_PATIENCE: Duration = Duration::from_secs(60);
 const KEEP_PERIOD: Duration = Duration::from_millis(50);
-/// How long a copy may take from its start to its agent's first answer, on a busy emulated node.
-const WAKE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long a copy may take from its start to its agent's first answer: on an emulated node with ninety others it may be half a
+/// minute.
+const WAKE_PATIENCE: Duration = Duration::from_secs(90);
 /// Lines of the console that are shown of a copy that does not wake up.
 const CONSOLE_LINES: usize = 12;
 const UNDONE: &str = "the VM may still run, and its change was not collected";
