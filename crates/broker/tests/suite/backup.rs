@@ -1,7 +1,6 @@
 //! Backup and restore, between both stores; and a ledger that is older than what it sold.
 
-mod stage;
-
+use crate::stage::*;
 use onde_broker::audit::audit;
 use onde_broker::backup::{BackupError, backup, restore};
 use onde_broker::refusal::Refusal;
@@ -12,7 +11,6 @@ use onde_broker::{Broker, ledger::Ledger};
 use onde_client::api::*;
 use onde_wire::machine::Stage as VmStage;
 use onde_wire::packet::JobStatus;
-use stage::*;
 use std::collections::BTreeSet;
 use std::io::Write;
 use std::sync::Arc;

@@ -3,15 +3,13 @@
 //! status and every body that comes back has to be one that the document promises, and each operation is seen to do what it
 //! is for.
 
-mod stage;
-
+use crate::stage::*;
 use onde_broker::Broker;
 use onde_broker::ledger::Ledger;
 use onde_broker::payments::Webhook as WebhookSecret;
 use onde_client::api::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Map, Value, json as value};
-use stage::*;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,14 +1,12 @@
 //! The ledger's own promises, on the store that this program tries: the audit finds what was altered or removed, the
 //! store refuses what does not balance, and two brokers on one database sell each token once.
 
-pub(crate) mod stage;
-
+use crate::stage::*;
 use onde_broker::audit::{Unsound, audit};
 use onde_broker::ledger::Ledger;
 use onde_broker::refusal::Refusal;
 use onde_broker::store::Store;
 use onde_client::api::*;
-use stage::*;
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Instant;

@@ -1,10 +1,7 @@
 //! The tests of `books.rs` over PostgreSQL, and what only a server can do to a broker.
 
-#[path = "books.rs"]
-mod books;
-
-use books::stage::server::Server;
-use books::stage::{Dir, OPERATOR, TOKEN, cluster, fresh_key, hear, hello, purchase};
+use crate::stage::server::Server;
+use crate::stage::{Dir, OPERATOR, TOKEN, cluster, fresh_key, hear, hello, purchase};
 use onde_broker::audit::audit;
 use onde_broker::ledger::Ledger;
 use onde_broker::refusal::Refusal;

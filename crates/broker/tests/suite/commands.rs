@@ -1,7 +1,6 @@
 //! `broker audit`, `broker backup` and `broker restore` as an owner runs them: the program itself, over real ledgers.
 
-mod stage;
-
+use crate::stage::*;
 use onde_broker::ledger::Ledger;
 use onde_broker::refusal::Refusal;
 use onde_broker::watch::Heard;
@@ -9,7 +8,6 @@ use onde_broker::{Broker, store::Store};
 use onde_client::api::*;
 use onde_wire::machine::Stage as VmStage;
 use onde_wire::packet::JobStatus;
-use stage::*;
 use std::process::{Command, Output};
 use std::time::Instant;
 

@@ -1,8 +1,7 @@
 //! What customers and shops do beside buying: pay in by webhook, hold keys that can do less, read what was used, and keep
 //! receipts that nobody has to be asked about.
 
-mod stage;
-
+use crate::stage::*;
 use onde_broker::Broker;
 use onde_broker::backup::backup;
 use onde_broker::ledger::Ledger;
@@ -13,7 +12,6 @@ use onde_client::api::*;
 use onde_client::receipt::BadReceipt;
 use onde_wire::machine::Stage as VmStage;
 use onde_wire::packet::JobStatus;
-use stage::*;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use std::time::{Duration, Instant};

@@ -1,12 +1,10 @@
 //! The broker's doors as a stranger meets them: TLS, limits on connections and on requests. Behind them is a real
 //! broker; the client is the customers' own.
 
-mod stage;
-
+use crate::stage::*;
 use onde_broker::tls::Identity;
 use onde_client::broker::Broker;
 use onde_client::tls::Pin;
-use stage::*;
 use std::io::{ErrorKind, Read, Write};
 use std::net::TcpStream;
 use std::os::unix::fs::PermissionsExt;

@@ -1,7 +1,6 @@
 //! The broker through its HTTP API: sales, change, settlements, and every refusal a customer can meet.
 
-mod stage;
-
+use crate::stage::*;
 use onde_broker::Broker;
 use onde_broker::audit::audit;
 use onde_broker::ledger::Ledger;
@@ -13,7 +12,6 @@ use onde_wire::key::{Key, job_key, node_key};
 use onde_wire::machine::Stage as VmStage;
 use onde_wire::packet::Op;
 use onde_wire::token::{BootToken, Origin};
-use stage::*;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::sync::atomic::Ordering::Relaxed;

@@ -1,4 +1,0 @@
-//! The suite of `api.rs` over PostgreSQL.
-
-#[path = "api.rs"]
-mod api;

@@ -1,4 +1,0 @@
-//! The tests of `backup.rs` over PostgreSQL.
-
-#[path = "backup.rs"]
-mod backup;

@@ -1,4 +1,0 @@
-//! The tests of `commands.rs` over PostgreSQL.
-
-#[path = "commands.rs"]
-mod commands;

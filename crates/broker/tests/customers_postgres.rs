@@ -1,4 +1,0 @@
-//! The tests of `customers.rs` over PostgreSQL.
-
-#[path = "customers.rs"]
-mod customers;
