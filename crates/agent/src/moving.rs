@@ -48,6 +48,8 @@ const YIELDING: i32 = 9;
 const RACING: i32 = 5;
 /// Frozen, all others wait for the end of the stream, and nobody hears of what they do meanwhile.
 const HURRYING: i32 = -20;
+/// About as long as an acknowledgement takes within a building: nothing tells that it is there.
+const ROUND_TRIP: Duration = Duration::from_micros(200);
 /// How long FREEZE waits for an acknowledgement: it is better without, and right with it.
 const ACKNOWLEDGED_TIMEOUT: Duration = Duration::from_millis(50);
 /// How long the new VM may take nothing of what is sent frozen. Its node is gone then, and this machine goes on before those
@@ -258,7 +260,7 @@ impl Sink for Road<'_> {
 fn await_acknowledged(out: &Writer) {
     let begun = Instant::now();
     while begun.elapsed() < ACKNOWLEDGED_TIMEOUT && matches!(unacknowledged(out), Ok(1..)) {
-        std::thread::sleep(Duration::from_millis(1));
+        std::thread::sleep(ROUND_TRIP);
     }
 }
 

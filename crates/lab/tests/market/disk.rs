@@ -15,15 +15,15 @@ sum=$(sha256sum < /dev/shm/noise); rm /dev/shm/noise
 i=0; while [ $i -lt 4000 ]; do
   i=$((i + 1)); printf '%4096d' $i > /dev/shm/block
   dd if=/dev/shm/block of=/dev/vda bs=4096 seek=$((1024 + i % 64)) conv=notrunc oflag=direct 2>/dev/null
-  k=$((i > 40 ? i - 40 : i))
+  k=$((i > 12 ? i - 12 : i))
   got=$(dd if=/dev/vda bs=4096 skip=$((1024 + k % 64)) count=1 iflag=direct 2>/dev/null)
   [ $((got)) = $k ] || echo "block $k holds $got"
-  [ $((i % 16)) != 0 ] || [ "$(dd if=/dev/vda bs=1M count=4 iflag=direct 2>/dev/null | sha256sum)" = "$sum" ] ||
+  [ $((i % 8)) != 0 ] || [ "$(dd if=/dev/vda bs=1M count=4 iflag=direct 2>/dev/null | sha256sum)" = "$sum" ] ||
     echo "the noise changed before block $i"
   echo $i
 done"#;
-/// Blocks after each act: all of the noise is read at least once.
-const MORE: u64 = 20;
+/// Blocks after each act: all of the noise is read at least once, and blocks from before.
+const MORE: u64 = 10;
 
 /// How many blocks were written; no other word was said.
 fn blocks(told: &str) -> Result<u64> {

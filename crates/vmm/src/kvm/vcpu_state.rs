@@ -7,6 +7,7 @@ use kvm_bindings::{
 };
 use kvm_ioctls::VcpuFd;
 use onde_wire::bytes::Reader;
+use std::collections::BTreeSet;
 
 use super::plain::{self, Plain};
 use crate::fault::{Context, Fault, Part};
@@ -167,18 +168,16 @@ fn get_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Result<Vec<(u32, u64)>, Fault> {
     Ok(found)
 }
 
+/// Sets those that differ: KVM refuses to write some, also what they are already.
 fn set_msrs(vcpu: &VcpuFd, entries: &[(u32, u64)]) -> Result<(), Fault> {
-    let mut rest = entries;
-    while !rest.is_empty() {
-        let chunk = &rest[..rest.len().min(MSRS_AT_ONCE)];
+    let indices: Vec<_> = entries.iter().map(|(index, _)| *index).collect();
+    let present: BTreeSet<_> = get_msrs(vcpu, &indices)?.into_iter().collect();
+    let differ: Vec<_> = entries.iter().copied().filter(|entry| !present.contains(entry)).collect();
+    for chunk in differ.chunks(MSRS_AT_ONCE) {
         let count = vcpu.set_msrs(&msrs(chunk)?).fault(Part::Vcpu, "set MSRs")?;
-        if let Some(&(index, value)) = chunk.get(count) {
-            // One that cannot be written is no loss where it has the value already.
-            if get_msrs(vcpu, &[index])? != [(index, value)] {
-                return Err(Fault::new(Part::Vcpu, format!("set MSR {index:#x}: refused")));
-            }
+        if let Some((index, _)) = chunk.get(count) {
+            return Err(Fault::new(Part::Vcpu, format!("set MSR {index:#x}: refused")));
         }
-        rest = &rest[chunk.len().min(count + 1)..];
     }
     Ok(())
 }
