@@ -45,8 +45,8 @@ impl Accelerator {
 
     /// QEMU keeps translated code for ever as long as it fits, by default in 1 GiB. Code of the VMs that came and went
     /// stays listed by its page, and each byte written to such a page walks the list: after a hundred VMs, zeroing a
-    /// page for the next one took a minute, and the node hung. 128 MiB hold what runs at one time; when they are full, all is
-    /// forgotten. With 64 MiB that is so often that a VM takes twice as long to move, with 32 MiB up to ten times.
+    /// page for the next one took a minute, and the node hung. 64 MiB hold what runs at one time; when they are full, all is
+    /// forgotten. With 32 MiB that is so often that a VM takes up to ten times as long to move, and a clone to start.
     ///
     /// The processor does not claim fast string instructions (`erms`): kernels would clear and copy pages byte by byte
     /// with them, which emulation does one byte a turn. By the word it is eight times as fast, and to clear a VM's
@@ -54,7 +54,7 @@ impl Accelerator {
     fn options(self) -> [&'static str; 4] {
         match self {
             Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
-            Self::Tcg => ["-accel", "tcg,thread=multi,tb-size=128", "-cpu", "max,+svm,+npt,-erms"],
+            Self::Tcg => ["-accel", "tcg,thread=multi,tb-size=64", "-cpu", "max,+svm,+npt,-erms"],
         }
     }
 }

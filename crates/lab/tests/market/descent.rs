@@ -12,9 +12,6 @@ use crate::world::{World, wait};
 const COUNT: &str = "i=0; while [ $i -lt 4000 ]; do i=$((i + 1)); echo $i; sleep 0.1; done";
 /// Uses a processor up meanwhile.
 const SPIN: &str = "while :; do :; done & ";
-/// Writes 40 MiB: what is paid for the disk lasts the shorter, the more a VM has there.
-pub const FILL: &str =
-    "printf -v mib '%*s' 1048575 ''; for i in {1..40}; do echo \"$mib\"; done > /dev/shm/fill; ";
 /// Tokens for a VM that boots, says a few numbers, and runs dry: soon, as it spins.
 const DRY: &str = "16";
 /// How much later than said a purge may be seen: the node looks once a second, and emulated ones are slow.
@@ -25,7 +22,7 @@ fn start(world: &World, name: &str, budget: &str, beside: &str) -> Result<()> {
     let order =
         ["run", "-d", "--name", name, "--memory", "128", "--tokens", budget, "--budget", budget];
     let script = [beside, COUNT].concat();
-    let program = ["--file", "/usr/bin/sleep", "--", "/bin/bash", "-c", &script];
+    let program = ["--file", "/usr/bin/sleep", "--", "/bin/sh", "-c", &script];
     world.onde([&order[..], &program].concat())?;
     wait("the program to count", || Ok(said(world, name)? >= 3))
 }
@@ -107,7 +104,7 @@ pub fn dry_then_paid(world: &World) -> Result<()> {
 
 pub fn purged_in_time(world: &World) -> Result<()> {
     let before = world.balance()?;
-    start(world, "gone", DRY, &[FILL, SPIN].concat())?;
+    start(world, "gone", DRY, SPIN)?;
     wait("the VM to be asleep", || Ok(stage(world, "gone")? == "suspended"))?;
     let (asked, mut last) = (Instant::now(), Instant::now());
     let purge_s = status(world, "gone")?["purge_s"].as_u64().context("no time")?;

@@ -10,7 +10,6 @@ use onde_client::api::SettledBy;
 use onde_lab::programs;
 use rustix::process::{Pid, Signal, kill_process};
 
-use crate::descent::FILL;
 use crate::world::{World, wait};
 
 pub fn cannot_run(world: &World) -> Result<()> {
@@ -45,9 +44,9 @@ fn foreign_elf() -> Vec<u8> {
 /// A job's tokens run out: its VM goes, the customer is told, and the account lost exactly the budget.
 pub fn out_of_tokens(world: &World) -> Result<()> {
     let before = world.balance()?;
-    // It spins, so that they do soon; and is not small, so that it is not on disk for long.
-    let spin = [FILL, "while :; do :; done"].concat();
-    let run = ["run", "--tokens", "6", "--budget", "6", "--", "/bin/bash", "-c", &spin];
+    // It spins, so that they do soon.
+    let spin = "while :; do :; done";
+    let run = ["run", "--tokens", "6", "--budget", "6", "--", "/bin/sh", "-c", spin];
     world.onde_fails(run, 125, "token")?;
     let job = world.newest_job()?;
     ensure!(world.cost(&job)? == 6 * job.value_micro, "it cost {}", world.cost(&job)?);
