@@ -141,10 +141,13 @@ pub fn without_room(world: &World) -> Result<()> {
     Ok(())
 }
 
-/// Fills memory with what does not pack, so that a copy takes a minute and more, and then says so.
-const FILL: &str = "/bin/head -c 120M /dev/urandom > /dev/shm/noise; echo full; sleep 600";
-/// Tokens for a VM that boots, is filled, and runs dry in the first minute of a copy.
-const DRY: &str = "18";
+/// Fills memory with what does not pack, so that a copy takes a minute and more, says so, and uses up what it was paid.
+const FILL: &str =
+    "/bin/head -c 120M /dev/urandom > /dev/shm/noise; echo full; while :; do :; done";
+/// Tokens for a VM that boots and is filled, on a slow machine, too.
+const DRY: &str = "40";
+/// A VM with so few seconds left runs dry in the first minute of a copy.
+const NEARLY_DRY_S: u64 = 25;
 
 /// The machine that is copied runs dry meanwhile: it goes to disk as any other, its copy is given back and said to have
 /// failed, and it goes on once it is paid.
@@ -156,14 +159,17 @@ pub fn source_dry(world: &World) -> Result<()> {
     let program = ["--", "/bin/sh", "-c", FILL];
     world.onde([&order[..], &paid, &files, &program].concat())?;
     wait("the guest to be full", || Ok(world.onde(["logs", "parent"])?.contains("full")))?;
+    let status = || -> Result<Value> {
+        Ok(serde_json::from_str(&world.onde(["status", "parent", "--json"])?)?)
+    };
+    wait("its tokens to be nearly gone", || {
+        Ok(status()?["seconds_left"].as_u64().context("no time")? < NEARLY_DRY_S)
+    })?;
 
     let mut command =
         world.command(["fork", "parent", "--nodes", "2", "--tokens", "60", "--json"])?;
     let mut copying = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
-    let stage = || -> Result<Value> {
-        Ok(serde_json::from_str::<Value>(&world.onde(["status", "parent", "--json"])?)?["stage"]
-            .take())
-    };
+    let stage = || -> Result<Value> { Ok(status()?["stage"].take()) };
     wait("the source to be asleep", || {
         ensure!(copying.try_wait()?.is_none(), "the copy was over before its source ran dry");
         Ok(stage()? == "suspended")
